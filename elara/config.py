@@ -1,0 +1,150 @@
+"""The model's configuration: what a checkpoint's `config.json` holds and the Hydra schema of four groups."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from elara.errors import ElaraError
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the dense skeleton (group `model`)."""
+
+    n_layer: int = 2  # physical blocks; effective layers = n_layer * trm.depth
+    n_embd: int = 256  # width of the residual stream
+    n_head: int = 4  # query heads; the head dimension is n_embd / n_head
+    n_kv_head: int | None = None  # key/value heads (grouped-query attention); null = n_head
+    hidden: int = 768  # inner width of the dense SwiGLU MLPs
+    expert_hidden: int | None = None  # inner width of each expert, routed or shared; null = hidden
+    vocab_size: int | None = None  # rows of the embedding; null = the tokenizer's size, padded to 64
+    context_length: int = 256  # longest sequence seen in training, in tokens
+    rope_base: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-5  # epsilon of every RMSNorm
+    bias: bool = False  # biases on the q, k and v projections (nowhere else)
+    dropout: float = 0.0  # on attention and MLP outputs, training only
+    init_std: float = 0.02  # standard deviation of the initial weights
+
+
+@dataclass
+class MoEConfig:
+    """Mixture of experts (group `moe`); DeepSeekMoE with DeepSeek-V3's bias balance."""
+
+    num_experts: int = 0  # routed experts; 0 switches MoE off
+    top_k: int = 2  # routed experts per token
+    num_shared: int = 1  # always-active experts' worth of width
+    every: int = 2  # block i is MoE when i % every == every - 1 (2: every odd block)
+    gate_scale: float = 1.0  # factor on the renormalised gate weights
+    bias_update_rate: float = 0.0  # step of the selection bias after each optimizer step; 0 = no balancing
+    balance_loss: float = 0.0  # weight of the sequence-wise auxiliary balance loss (DeepSeek-V3, eq. 17-20)
+    z_loss: float = 0.0  # weight of the router z-loss on the routing logits (ST-MoE, eq. 5)
+
+
+@dataclass
+class TRMConfig:
+    """Recursion (group `trm`): every physical block is applied `depth` times."""
+
+    depth: int = 1  # applications of each block; 1 switches recursion off
+    order: str = "block"  # block: 0,0,1,1,...   stack: 0..n-1,0..n-1
+    checkpoint: bool = False  # recompute each block's inside in the backward pass (less memory, more time)
+    sample_depth: list[int] | None = None  # [low, high]: draw the depth of each training step from this range
+
+
+@dataclass
+class TiDARConfig:
+    """Diffusion head and its training section (group `tidar`); arXiv 2511.08923."""
+
+    block_length: int = 0  # tokens drafted at once; 0 switches TiDAR off
+    block_fraction: float = 1.0  # share of the blocks supervised per step: the mask section's length / sequence
+    schedule: str = "full"  # full: every section token is [MASK]; linear | cosine: a random share, for denoising
+    loss_weight: float = 0.5  # loss = AR + loss_weight * diffusion
+    tie_head: bool = False  # share the diffusion head's weight with the embedding
+
+
+@dataclass
+class ElaraConfig:
+    """Everything that fixes the architecture of one model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    trm: TRMConfig = field(default_factory=TRMConfig)
+    tidar: TiDARConfig = field(default_factory=TiDARConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model.n_embd // self.model.n_head
+
+    @property
+    def n_kv_head(self) -> int:
+        return self.model.n_kv_head or self.model.n_head
+
+    @property
+    def expert_hidden(self) -> int:
+        return self.model.expert_hidden or self.model.hidden
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding; raises ElaraError when no tokenizer has filled it in yet."""
+        if self.model.vocab_size is None:
+            raise ElaraError("model.vocab_size is not set: give a number or build the model with a tokenizer")
+        return self.model.vocab_size
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the physical blocks whose MLP is a mixture of experts."""
+        if not self.moe.num_experts:
+            return []
+        return [i for i in range(self.model.n_layer) if i % self.moe.every == self.moe.every - 1]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ElaraConfig:
+        """Inverse of `to_dict`; an unknown or missing group or key is an ElaraError that names it."""
+        parts = {}
+        for part in fields(cls):
+            kind = part.default_factory  # type: ignore[union-attr]
+            known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+            given = data.get(part.name)
+            if not isinstance(given, dict):
+                raise ElaraError(f"model config: group '{part.name}' is missing")
+            if unknown := sorted(set(given) - known):
+                raise ElaraError(f"model config: unknown key '{part.name}.{unknown[0]}'; known: {', '.join(sorted(known))}")
+            parts[part.name] = kind(**given)  # type: ignore[misc]
+        return cls(**parts)
+
+
+def _check(config: ElaraConfig) -> None:
+    """Raise ElaraError for the first value that no model can be built from."""
+    m, moe, trm, tidar = config.model, config.moe, config.trm, config.tidar
+    heads = m.n_kv_head or m.n_head
+    rules = [
+        (min(m.n_layer, m.n_embd, m.n_head, m.hidden, m.context_length, heads) > 0, "model: sizes must be positive"),
+        (m.n_head > 0 and m.n_embd % (2 * m.n_head) == 0,
+         f"model.n_embd={m.n_embd} must be a multiple of 2 * model.n_head={2 * m.n_head}"),
+        (heads > 0 and m.n_head % heads == 0, f"model.n_kv_head={heads} must divide model.n_head={m.n_head}"),
+        (0 <= m.dropout < 1, f"model.dropout={m.dropout} must be in [0, 1)"),
+        (m.vocab_size is None or m.vocab_size > 0, f"model.vocab_size={m.vocab_size} must be positive"),
+        (moe.num_experts >= 0, f"moe.num_experts={moe.num_experts} must not be negative"),
+        (not moe.num_experts or 1 <= moe.top_k <= moe.num_experts,
+         f"moe.top_k={moe.top_k} must be between 1 and moe.num_experts={moe.num_experts}"),
+        (moe.num_shared >= 0, f"moe.num_shared={moe.num_shared} must not be negative"),
+        (moe.every >= 1, f"moe.every={moe.every} must be at least 1"),
+        (trm.depth >= 1, f"trm.depth={trm.depth} must be at least 1"),
+        (trm.order in ("block", "stack"), f"trm.order={trm.order} must be block or stack"),
+        (trm.sample_depth is None or (len(trm.sample_depth) == 2 and 1 <= trm.sample_depth[0] <= trm.sample_depth[1]),
+         f"trm.sample_depth={trm.sample_depth} must be [low, high] with 1 <= low <= high"),
+        (0 <= tidar.block_length < m.context_length,
+         f"tidar.block_length={tidar.block_length} must be below model.context_length={m.context_length}"),
+        (0 < tidar.block_fraction <= 1, f"tidar.block_fraction={tidar.block_fraction} must be in (0, 1]"),
+        (tidar.schedule in ("full", "linear", "cosine"),
+         f"tidar.schedule={tidar.schedule} must be full, linear or cosine"),
+    ]
+    for ok, message in rules:
+        if not ok:
+            raise ElaraError(message)

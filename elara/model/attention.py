@@ -1,0 +1,127 @@
+"""Grouped-query attention with QK-norm and RoPE, causal for clean tokens, block-wise for the mask section.
+
+The mask section never sees a 2S x 2S mask: its queries are taken in chunks of whole blocks, and each chunk meets only
+the clean keys before its last block and its own mask keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elara.config import ElaraConfig
+from elara.model.cache import KVCache
+from elara.model.section import MaskSection
+
+CHUNK = 256  # mask queries per chunk: mask memory is CHUNK x (seq + CHUNK), whatever the length
+
+
+@dataclass
+class View:
+    """What all layers of one forward pass share: where the tokens stand and what they may see.
+
+    seq: clean tokens; the section's tokens follow them on the sequence axis.
+    cos, sin: (1 or batch, 1, seq + section, head_dim).
+    visible: boolean mask of the clean queries, (1 or batch, 1, seq, keys), or None for plain causal or full view.
+    chunks: the section's queries as (first token, last token, clean keys to read, boolean mask or None).
+    """
+
+    seq: int
+    cos: Tensor
+    sin: Tensor
+    visible: Tensor | None
+    causal: bool
+    chunks: list[tuple[int, int, int, Tensor]]
+    cache: KVCache | None
+
+
+def rope_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of the rotary embedding in the rotate-half layout (RoFormer, arXiv 2104.09864, eq. 34).
+
+    positions: (rows, seq). Returns two float32 tensors (rows, 1, seq, head_dim); the sine of the first half is
+    negated, so that rotate-half is a plain roll by head_dim / 2.
+    """
+    frequency = base ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / -head_dim)
+    angle = positions[:, None, :, None].float() * frequency  # (rows, 1, seq, head_dim / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def section_chunks(section: MaskSection, keys: int, device: torch.device) -> list[tuple[int, int, int, Tensor]]:
+    """Cut the section into chunks of whole blocks with their visibility masks.
+
+    keys: clean keys that exist (cache included), key i standing at position i. Each chunk is
+    (first query, end of queries, clean keys read, mask); mask is (1 or batch, 1, queries, clean keys + queries).
+    """
+    length = section.block_length
+    per_chunk = max(1, CHUNK // length)
+    starts = section.starts.view(-1, section.starts.shape[-1])  # (1 or batch, n_blocks)
+    chunks = []
+    for first in range(0, starts.shape[1], per_chunk):
+        part = starts[:, first : first + per_chunk]
+        blocks = part.shape[1]
+        read = keys if part.is_cuda else min(keys, int(part.max()))
+        clean = torch.arange(read) < part.cpu()[..., None] if not part.is_cuda else (
+            torch.arange(read, device=part.device) < part[..., None]
+        )
+        own = torch.eye(blocks, dtype=torch.bool, device=part.device).expand(part.shape[0], -1, -1)
+        mask = torch.cat([clean, own.repeat_interleave(length, 2)], 2).repeat_interleave(length, 1)
+        end = (first + blocks) * length
+        chunks.append((first * length, end, read, mask[:, None].to(device)))
+    return chunks
+
+
+class Attention(nn.Module):
+    """Multi-head attention over a shared `View`; RMSNorm of every query and key head before RoPE (QK-norm)."""
+
+    def __init__(self, config: ElaraConfig) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.model.n_head, config.n_kv_head, config.head_dim
+        self.eps = config.model.norm_eps
+        width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
+        self.qkv = nn.Linear(config.model.n_embd, width, bias=config.model.bias)
+        self.out = nn.Linear(self.n_head * self.head_dim, config.model.n_embd, bias=False)
+        self.q_norm = nn.Parameter(torch.ones(self.head_dim))
+        self.k_norm = nn.Parameter(torch.ones(self.head_dim))
+
+    def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
+        """x: (batch, seq + section, n_embd), already normed; `layer` is the effective layer's place in the cache."""
+        batch, total, _ = x.shape
+        heads, kv = self.n_head, self.n_kv_head
+        qkv = self.qkv(x).view(batch, total, heads + 2 * kv, self.head_dim).transpose(1, 2)
+        qk, v = qkv.split([heads + kv, kv], dim=1)  # (batch, heads, total, head_dim)
+        q, k = self._norm_and_rotate(qk, view).to(v.dtype).split([heads, kv], dim=1)
+        seq = view.seq
+        keys, values = k[:, :, :seq], v[:, :, :seq]
+        if view.cache is not None:
+            keys, values = view.cache.append(layer, keys, values)
+        parts = [_attend(q[:, :, :seq], keys, values, view.visible, causal=view.causal)]
+        for first, end, read, mask in view.chunks:
+            here = slice(seq + first, seq + end)
+            parts.append(
+                _attend(
+                    q[:, :, here],
+                    torch.cat([keys[:, :, :read], k[:, :, here]], 2),
+                    torch.cat([values[:, :, :read], v[:, :, here]], 2),
+                    mask,
+                )
+            )
+        y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        out: Tensor = self.out(y.transpose(1, 2).reshape(batch, total, -1))
+        return out
+
+    def _norm_and_rotate(self, qk: Tensor, view: View) -> Tensor:
+        weight = torch.cat(
+            [self.q_norm.expand(self.n_head, -1), self.k_norm.expand(self.n_kv_head, -1)]
+        )[:, None]  # (heads, 1, head_dim)
+        normed = F.rms_norm(qk.float(), (self.head_dim,), eps=self.eps) * weight
+        return torch.addcmul(normed * view.cos, normed.roll(self.head_dim // 2, -1), view.sin)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )

@@ -1,0 +1,90 @@
+"""Keys and values of the tokens seen so far, one entry per effective layer (block x recursion pass)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elara.config import ElaraConfig
+from elara.errors import ElaraError
+
+
+class KVCache:
+    """Preallocated cache with rollback; rows may differ in length.
+
+    k, v: (effective layers, batch, n_kv_head, capacity, head_dim). `lengths[row]` tokens of a row are valid; what lies
+    behind is overwritten by the next append, so dropping rejected drafts is `truncate` and costs nothing.
+    """
+
+    def __init__(
+        self,
+        config: ElaraConfig,
+        batch: int,
+        capacity: int,
+        *,
+        depth: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.depth = depth or config.trm.depth
+        layers = config.model.n_layer * self.depth
+        shape = (layers, batch, config.n_kv_head, capacity, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = [0] * batch
+
+    @property
+    def batch(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[3]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values, (batch, n_kv_head, new, head_dim), behind each row's valid ones.
+
+        Returns the layer's keys and values up to the longest row. Lengths move only with `advance`, once all layers
+        have written. Raises ElaraError when the cache is full.
+        """
+        new = k.shape[2]
+        end = max(self.lengths) + new
+        if end > self.capacity:
+            raise ElaraError(f"the KV cache holds {self.capacity} tokens and {end} are needed: make it larger")
+        keys, values = self.k[layer], self.v[layer]
+        if min(self.lengths) == max(self.lengths):
+            keys[:, :, end - new : end] = k
+            values[:, :, end - new : end] = v
+        else:
+            for row, start in enumerate(self.lengths):
+                keys[row, :, start : start + new] = k[row]
+                values[row, :, start : start + new] = v[row]
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, new: int) -> None:
+        """Count the `new` tokens that every layer has appended as valid."""
+        self.lengths = [length + new for length in self.lengths]
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Keep the first `lengths[row]` tokens of each row; raises ElaraError if a row is shorter than that."""
+        if len(lengths) != self.batch or any(not 0 <= n <= have for n, have in zip(lengths, self.lengths, strict=True)):
+            raise ElaraError(f"cannot truncate rows of {self.lengths} tokens to {lengths}")
+        self.lengths = list(lengths)
+
+    def fork(self, prefix: int | None = None, *, batch: int | None = None, capacity: int | None = None) -> KVCache:
+        """An independent copy of the first `prefix` tokens (default: all), repeated to `batch` rows if there is one."""
+        keep = max(self.lengths) if prefix is None else prefix
+        if prefix is not None and prefix > min(self.lengths):
+            raise ElaraError(f"cannot fork {prefix} tokens of rows that hold {self.lengths}")
+        if batch is not None and self.batch not in (1, batch):
+            raise ElaraError(f"cannot fork {self.batch} rows into {batch}")
+        twin = KVCache.__new__(KVCache)
+        twin.depth = self.depth
+        layers, rows, heads, size, dim = self.k.shape
+        shape = (layers, batch or rows, heads, capacity or size, dim)
+        twin.k, twin.v = self.k.new_zeros(shape), self.v.new_zeros(shape)
+        twin.k[:, :, :, :keep] = self.k[:, :, :, :keep]
+        twin.v[:, :, :, :keep] = self.v[:, :, :, :keep]
+        lengths = self.lengths if prefix is None else [prefix] * rows
+        twin.lengths = list(lengths) * (shape[1] // rows)
+        return twin

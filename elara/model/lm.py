@@ -1,0 +1,175 @@
+"""Elara: a decoder whose blocks are applied `depth` times, some of them mixtures of experts, with two heads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from elara.config import ElaraConfig
+from elara.model.attention import Attention, View, rope_angles, section_chunks
+from elara.model.cache import KVCache
+from elara.model.mlp import MLP
+from elara.model.moe import Choice, MoE, RoutingStats
+from elara.model.section import MaskSection
+
+
+@dataclass
+class Output:
+    """hidden: (batch, seq, n_embd); mask_hidden: (batch, section, n_embd) or None; both behind the final norm."""
+
+    hidden: Tensor
+    mask_hidden: Tensor | None
+    routing: RoutingStats
+
+
+class Block(nn.Module):
+    """One physical block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ElaraConfig, *, moe: bool) -> None:
+        super().__init__()
+        m = config.model
+        self.attention_norm = nn.RMSNorm(m.n_embd, eps=m.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(m.n_embd, eps=m.norm_eps)
+        self.mlp: MoE | MLP = MoE(config) if moe else MLP(m.n_embd, m.hidden)
+        self.dropout = m.dropout
+
+    def forward(self, x: Tensor, view: View, layers: list[int]) -> tuple[Tensor, list[Choice]]:
+        """Apply the block once per entry of `layers`, the effective layers it stands for."""
+        choices = []
+        weights = self.mlp.experts.weights(x.device.type) if isinstance(self.mlp, MoE) else None
+        for layer in layers:
+            x = x + self._drop(self.attention(self.attention_norm(x), view, layer))
+            normed = self.mlp_norm(x)
+            if isinstance(self.mlp, MoE):
+                assert weights is not None
+                y, choice = self.mlp(normed, view.seq, weights)
+                choices.append(choice)
+            else:
+                y = self.mlp(normed)
+            x = x + self._drop(y)
+        return x, choices
+
+    def _drop(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+
+class ElaraLM(nn.Module):
+    """The language model. `forward` gives hidden states; the heads are called in chunks by losses and decoding."""
+
+    def __init__(self, config: ElaraConfig) -> None:
+        super().__init__()
+        self.config = config
+        m = config.model
+        self.embed = nn.Embedding(config.vocab_size, m.n_embd)
+        self.blocks = nn.ModuleList(Block(config, moe=i in config.moe_layers) for i in range(m.n_layer))
+        self.norm = nn.RMSNorm(m.n_embd, eps=m.norm_eps)
+        untied = config.tidar.block_length and not config.tidar.tie_head
+        self.diffusion = nn.Linear(m.n_embd, config.vocab_size, bias=False) if untied else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal weights; projections back into the residual stream scaled by 1/sqrt(2 * effective layers) (GPT-2)."""
+        std = self.config.model.init_std
+        residual = std / math.sqrt(2 * self.config.model.n_layer * self.config.trm.depth)
+        for name, weight in self.named_parameters():
+            if weight.dim() >= 2:
+                into_residual = name.endswith(("attention.out.weight", "down.weight", "experts.down"))
+                nn.init.normal_(weight, std=residual if into_residual else std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        section: MaskSection | None = None,
+        cache: KVCache | None = None,
+        depth: int | None = None,
+    ) -> Output:
+        """Run the decoder.
+
+        tokens: (batch, seq) ids, behind whatever `cache` holds. positions: (batch, seq), for RoPE only; default: behind
+        the cache. section: mask tokens that see `tokens` and the cache but are seen by neither (they never enter the
+        cache). depth: recursion depth, default the trained one; with a cache it is the cache's.
+        """
+        batch, seq = tokens.shape
+        depth = cache.depth if cache is not None else depth or self.config.trm.depth
+        view = self._view(tokens, positions, section, cache)
+        ids = tokens if section is None else torch.cat([tokens, section.tokens], 1)
+        x = self.embed(ids)
+        x, choices = self._run_blocks(x, view, depth)
+        if cache is not None:
+            cache.advance(seq)
+        x = self.norm(x)
+        mask_hidden = x[:, seq:] if section is not None else None
+        return Output(x[:, :seq], mask_hidden, self._stats(choices, depth, x))
+
+    def ar_head(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token, (..., vocab), from the embedding's weight."""
+        return F.linear(hidden, self.embed.weight)
+
+    def diffusion_head(self, mask_hidden: Tensor) -> Tensor:
+        """Logits of the token that a mask token stands for, (..., vocab)."""
+        return F.linear(mask_hidden, self.diffusion_weight)
+
+    @property
+    def diffusion_weight(self) -> Tensor:
+        """The diffusion head's matrix, (vocab, n_embd)."""
+        return self.embed.weight if self.diffusion is None else self.diffusion.weight
+
+    def _view(
+        self, tokens: Tensor, positions: Tensor | None, section: MaskSection | None, cache: KVCache | None
+    ) -> View:
+        seq, device = tokens.shape[1], tokens.device
+        lengths = cache.lengths if cache is not None else [0]
+        uniform = min(lengths) == max(lengths)
+        past = torch.tensor(lengths[:1] if uniform else lengths, device=device)[:, None]
+        place = past + torch.arange(seq, device=device)  # index of each clean token among the keys
+        where = place if positions is None else positions
+        keys = max(lengths) + seq
+        causal = keys == seq and seq > 1
+        hidden_keys = not causal and (seq > 1 or not uniform)
+        visible = (torch.arange(keys, device=device) <= place[..., None])[:, None] if hidden_keys else None
+        chunks = []
+        if section is not None:
+            behind = section.positions().to(device)
+            rows = max(len(where), len(behind))
+            where = torch.cat([where.expand(rows, -1), behind.expand(rows, -1)], 1)
+            chunks = section_chunks(section, keys, device)
+        cos, sin = rope_angles(where, self.config.head_dim, self.config.model.rope_base)
+        return View(seq, cos, sin, visible, causal, chunks, cache)
+
+    def _run_blocks(self, x: Tensor, view: View, depth: int) -> tuple[Tensor, list[Choice]]:
+        """Choices come back ordered by (physical MoE block, pass)."""
+        count = len(self.blocks)
+        if self.config.trm.order == "block":
+            runs = [(i, [i * depth + p for p in range(depth)]) for i in range(count)]
+        else:
+            runs = [(i, [p * count + i]) for p in range(depth) for i in range(count)]
+        recompute = self.config.trm.checkpoint and torch.is_grad_enabled() and view.cache is None
+        found: dict[int, list[Choice]] = {i: [] for i in self.config.moe_layers}
+        for i, layers in runs:
+            block: Any = self.blocks[i]
+            if recompute:
+                x, choices = checkpoint(block, x, view, layers, use_reentrant=False)
+            else:
+                x, choices = block(x, view, layers)
+            if choices:
+                found[i] += choices
+        return x, [choice for i in found for choice in found[i]]
+
+    def _stats(self, choices: list[Choice], depth: int, x: Tensor) -> RoutingStats:
+        if not choices:
+            return RoutingStats(x.new_zeros(0, depth, 2, 0), x.new_zeros(()))
+        load = torch.stack([choice.load for choice in choices])
+        penalty = torch.stack([choice.penalty for choice in choices]).sum()
+        return RoutingStats(load.view(-1, depth, *load.shape[1:]), penalty)
