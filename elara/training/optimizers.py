@@ -1,0 +1,69 @@
+"""Which parameter is trained how: the optimizers of group `optimizer`, each built from the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from elara.model import ElaraLM
+from elara.model.attention import Attention
+from elara.model.mlp import MLP
+from elara.model.moe import Experts
+from elara.training.muon import Muon
+
+
+def adamw(
+    model: ElaraLM, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Fused AdamW; norms, biases and the embedding are not decayed."""
+    decay, plain = _by_decay(list(model.named_parameters()))
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+
+
+def muon(
+    model: ElaraLM,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    adam_lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    dtype: str | None = None,
+) -> torch.optim.Optimizer:
+    """Muon for the matrices of attention, MLPs and experts; AdamW with `adam_lr` for embedding, head, router, norms."""
+    split = _matrices(model)
+    rest = [(name, p) for name, p in model.named_parameters() if p not in split]
+    decay, plain = _by_decay(rest)
+    adam: dict[str, Any] = {"kind": "adamw", "lr": adam_lr, "betas": tuple(betas), "eps": eps}
+    matrices = {"kind": "muon", "params": list(split), "split": list(split.values())}
+    groups = [
+        {**matrices, "lr": lr, "momentum": momentum, "weight_decay": weight_decay},
+        {**adam, "params": decay, "weight_decay": weight_decay},
+        {**adam, "params": plain, "weight_decay": 0.0},
+    ]
+    return Muon([g for g in groups if g["params"]], dtype=dtype)
+
+
+def _matrices(model: ElaraLM) -> dict[nn.Parameter, int]:
+    """Hidden matrices and how many are stacked in the rows of each: q, k, v in one projection, gate and up in another."""
+    split: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            split[module.qkv.weight] = 3 if module.n_head == module.n_kv_head else 1
+            split[module.out.weight] = 1
+        elif isinstance(module, MLP):
+            split[module.gate_up.weight] = 2
+            split[module.down.weight] = 1
+        elif isinstance(module, Experts):
+            split[module.gate_up] = 2
+            split[module.down] = 1
+    return split
+
+
+def _by_decay(named: list[tuple[str, nn.Parameter]]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    plain = [p for name, p in named if p.dim() < 2 or name.startswith("embed.")]
+    return [p for _, p in named if not any(p is q for q in plain)], plain

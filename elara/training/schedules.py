@@ -1,0 +1,45 @@
+"""Learning-rate schedules: `schedule(total_steps)` gives the factor on the base rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from elara.errors import ElaraError
+
+Factor = Callable[[int], float]
+
+
+def cosine(total_steps: int, *, warmup: int, final: float) -> Factor:
+    """Linear warm-up over `warmup` steps, then half a cosine down to `final` of the base rate at `total_steps`."""
+    _check(total_steps, warmup, final)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def wsd(total_steps: int, *, warmup: int, decay: float, final: float) -> Factor:
+    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): linear to `final` over the last `decay` share of the steps."""
+    _check(total_steps, warmup, final)
+    if not 0 <= decay <= 1:
+        raise ElaraError(f"schedule.decay={decay} must be in [0, 1]")
+    begin = total_steps * (1 - decay)
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        fall = min(1.0, max(0.0, (step - begin) / max(1, total_steps - begin)))
+        return rise * (1 - (1 - final) * fall)
+
+    return factor
+
+
+def _check(total_steps: int, warmup: int, final: float) -> None:
+    if total_steps < 1 or warmup < 0:
+        raise ElaraError(f"a schedule needs trainer.max_steps >= 1 and schedule.warmup >= 0, not {total_steps}, {warmup}")
+    if not 0 <= final <= 1:
+        raise ElaraError(f"schedule.final={final} must be in [0, 1]")
