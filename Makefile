@@ -1,0 +1,85 @@
+# Every target first makes what it needs, the environment in .venv included. `make` alone lists the targets.
+
+ARGS ?=
+PROMPT ?= ROMEO:
+PY := .venv/bin/python
+PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
+CORE := .venv/.core
+DEV := .venv/.dev
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data train sample verify bench test test-all lint clean distclean force
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo '  ARGS="..." passes Hydra overrides, as in: make train ARGS="model=elara_tiny trainer.max_steps=100"'
+	@echo '  PYTHON=... names the interpreter for .venv; default: the first of python3, python3.13, .12, .11 that is >= 3.11'
+
+setup: $(DEV) ## install everything for development into .venv
+
+data: $(CORE) ## fetch and prepare the training data
+	@$(PY) -m elara.data $(ARGS)
+
+train: $(CORE) ## train Elara: the quick run, minutes on a CPU
+	@$(PY) -m elara.train $(ARGS)
+
+sample: $(CORE) ## let the newest trained model go on from PROMPT="ROMEO:"
+	@$(PY) -m elara.sample "prompt='$$(printf '%s' "$$PROMPT" | sed "s/'/\\\\\\\\'/g")'" $(ARGS)
+sample: export PROMPT := $(value PROMPT)
+
+verify: $(CORE) ## count parameters, bytes and memory of a model and check that it trains
+	@$(PY) -m elara.verify $(ARGS)
+
+bench: $(CORE) ## measure the speed ratios that the design promises
+	@$(PY) -m elara.bench $(ARGS)
+
+test: $(DEV) ## the fast tests, with the coverage of model and decoding
+	@$(PY) -m pytest -m "not slow" --cov --cov-report=term
+
+test-all: test ## the fast tests, then the slow ones and those with a real counterpart
+	@$(PY) -m pytest -m slow
+
+lint: $(DEV) ## ruff, mypy and the rules of import
+	@$(PY) -m ruff check
+	@$(PY) -m mypy
+	@.venv/bin/lint-imports
+
+clean: ## remove caches and build products (data/ and outputs/ stay)
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage *.egg-info
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	@rm -rf .venv
+
+# The stamp is written last and names this folder: an interrupted installation and a copied checkout start over, a
+# changed pyproject.toml or constraints.txt is brought up to date in place. Torch comes first, by its exact version,
+# so that pip never weighs other builds of it.
+ifneq "$(shell cat $(CORE) 2>/dev/null)" "$(CURDIR)"
+$(CORE): force
+endif
+
+$(CORE): pyproject.toml constraints.txt
+	@if [ "$$(cat $@ 2>/dev/null)" != "$(CURDIR)" ] || ! $(PY) -c '' 2>/dev/null; then \
+	    for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	        "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	        python=; \
+	    done; \
+	    if [ -z "$$python" ]; then \
+	        echo "error: no Python >= 3.11 with the venv module among $(or $(PYTHON),python3 python3.13 python3.12 python3.11): install one, or name it with PYTHON=..." >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "Making .venv with $$("$$python" --version) ..."; \
+	    rm -rf .venv && "$$python" -m venv .venv; \
+	fi
+	@echo "Installing PyTorch, the largest download ..."
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@echo "Installing Elara and what it needs ..."
+	@$(PIP) -e .
+	@echo "$(CURDIR)" > $@
+
+$(DEV): $(CORE)
+	@echo "Installing the tools for development ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@
