@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from elara.config import ElaraConfig
 from elara.model.cache import KVCache
+from elara.model.norm import RMSNorm
 from elara.model.section import MaskSection
 
 CHUNK = 256  # mask queries per chunk: mask memory is CHUNK x (seq + CHUNK), whatever the length
+PLAIN_LIMIT = 512 * 512  # queries x keys up to which plain bf16 matmuls beat the CPU's flash kernel (2-7x in training)
 
 
 @dataclass
@@ -24,7 +26,7 @@ class View:
     """What all layers of one forward pass share: where the tokens stand and what they may see.
 
     seq: clean tokens; the section's tokens follow them on the sequence axis.
-    cos, sin: (1 or batch, 1, seq + section, head_dim).
+    cos, sin: (1 or batch, seq + section, 1, head_dim).
     visible: boolean mask of the clean queries, (1 or batch, 1, seq, keys), or None for plain causal or full view.
     chunks: the section's queries as (first token, last token, clean keys to read, boolean mask or None).
     """
@@ -41,11 +43,11 @@ class View:
 def rope_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and signed sin of the rotary embedding in the rotate-half layout (RoFormer, arXiv 2104.09864, eq. 34).
 
-    positions: (rows, seq). Returns two float32 tensors (rows, 1, seq, head_dim); the sine of the first half is
+    positions: (rows, seq). Returns two float32 tensors (rows, seq, 1, head_dim); the sine of the first half is
     negated, so that rotate-half is a plain roll by head_dim / 2.
     """
     frequency = base ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / -head_dim)
-    angle = positions[:, None, :, None].float() * frequency  # (rows, 1, seq, head_dim / 2)
+    angle = positions[:, :, None, None].float() * frequency  # (rows, seq, 1, head_dim / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
@@ -80,48 +82,56 @@ class Attention(nn.Module):
     def __init__(self, config: ElaraConfig) -> None:
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.model.n_head, config.n_kv_head, config.head_dim
-        self.eps = config.model.norm_eps
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         self.qkv = nn.Linear(config.model.n_embd, width, bias=config.model.bias)
         self.out = nn.Linear(self.n_head * self.head_dim, config.model.n_embd, bias=False)
-        self.q_norm = nn.Parameter(torch.ones(self.head_dim))
-        self.k_norm = nn.Parameter(torch.ones(self.head_dim))
+        self.q_norm = RMSNorm(self.head_dim, config.model.norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.model.norm_eps)
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """x: (batch, seq + section, n_embd), already normed; `layer` is the effective layer's place in the cache."""
         batch, total, _ = x.shape
-        heads, kv = self.n_head, self.n_kv_head
-        qkv = self.qkv(x).view(batch, total, heads + 2 * kv, self.head_dim).transpose(1, 2)
-        qk, v = qkv.split([heads + kv, kv], dim=1)  # (batch, heads, total, head_dim)
-        q, k = self._norm_and_rotate(qk, view).to(v.dtype).split([heads, kv], dim=1)
-        seq = view.seq
+        heads, kv, seq = self.n_head, self.n_kv_head, view.seq
+        qkv = self.qkv(x).view(batch, total, heads + 2 * kv, self.head_dim)
+        q, k, v = qkv.split([heads, kv, kv], dim=2)
+        q = _rotate(self.q_norm(q), view).transpose(1, 2)  # (batch, heads, total, head_dim)
+        k = _rotate(self.k_norm(k), view).transpose(1, 2)
+        v = v.transpose(1, 2)
         keys, values = k[:, :, :seq], v[:, :, :seq]
         if view.cache is not None:
             keys, values = view.cache.append(layer, keys, values)
         parts = [_attend(q[:, :, :seq], keys, values, view.visible, causal=view.causal)]
         for first, end, read, mask in view.chunks:
             here = slice(seq + first, seq + end)
-            parts.append(
-                _attend(
-                    q[:, :, here],
-                    torch.cat([keys[:, :, :read], k[:, :, here]], 2),
-                    torch.cat([values[:, :, :read], v[:, :, here]], 2),
-                    mask,
-                )
-            )
+            chunk_keys = torch.cat([keys[:, :, :read], k[:, :, here]], 2)
+            chunk_values = torch.cat([values[:, :, :read], v[:, :, here]], 2)
+            parts.append(_attend(q[:, :, here], chunk_keys, chunk_values, mask))
         y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
         out: Tensor = self.out(y.transpose(1, 2).reshape(batch, total, -1))
         return out
 
-    def _norm_and_rotate(self, qk: Tensor, view: View) -> Tensor:
-        weight = torch.cat(
-            [self.q_norm.expand(self.n_head, -1), self.k_norm.expand(self.n_kv_head, -1)]
-        )[:, None]  # (heads, 1, head_dim)
-        normed = F.rms_norm(qk.float(), (self.head_dim,), eps=self.eps) * weight
-        return torch.addcmul(normed * view.cos, normed.roll(self.head_dim // 2, -1), view.sin)
+
+def _rotate(x: Tensor, view: View) -> Tensor:
+    """RoPE of x (batch, total, heads, head_dim)."""
+    cos, sin = view.cos.to(x.dtype), view.sin.to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
+    """Attention of q (batch, heads, queries, dim) over k, v (batch, kv heads, keys, dim); True in `mask` is visible."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= PLAIN_LIMIT:
+        return _attend_plain(q, k, v, mask, causal=causal)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    scores = q @ k.transpose(2, 3)
+    bias = 0.0 if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    weights = torch.add(bias, scores, alpha=q.shape[3] ** -0.5) if mask is not None else scores * q.shape[3] ** -0.5
+    return weights.softmax(-1, dtype=torch.float32).to(q.dtype) @ v

@@ -71,6 +71,23 @@ class KVCache:
             raise ElaraError(f"cannot truncate rows of {self.lengths} tokens to {lengths}")
         self.lengths = list(lengths)
 
+    def like(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for the same model, depth, dtype and device."""
+        layers, _, heads, _, dim = self.k.shape
+        twin = KVCache.__new__(KVCache)
+        twin.depth, twin.lengths = self.depth, [0] * batch
+        twin.k = self.k.new_zeros(layers, batch, heads, capacity, dim)
+        twin.v = self.v.new_zeros(layers, batch, heads, capacity, dim)
+        return twin
+
+    def replace(self, rows: list[int], other: KVCache) -> None:
+        """Put the rows of `other` in place of these rows."""
+        for row, source in zip(rows, range(other.batch), strict=True):
+            held = other.lengths[source]
+            self.k[:, row, :, :held] = other.k[:, source, :, :held]
+            self.v[:, row, :, :held] = other.v[:, source, :, :held]
+            self.lengths[row] = held
+
     def fork(self, prefix: int | None = None, *, batch: int | None = None, capacity: int | None = None) -> KVCache:
         """An independent copy of the first `prefix` tokens (default: all), repeated to `batch` rows if there is one."""
         keep = max(self.lengths) if prefix is None else prefix
@@ -78,13 +95,9 @@ class KVCache:
             raise ElaraError(f"cannot fork {prefix} tokens of rows that hold {self.lengths}")
         if batch is not None and self.batch not in (1, batch):
             raise ElaraError(f"cannot fork {self.batch} rows into {batch}")
-        twin = KVCache.__new__(KVCache)
-        twin.depth = self.depth
-        layers, rows, heads, size, dim = self.k.shape
-        shape = (layers, batch or rows, heads, capacity or size, dim)
-        twin.k, twin.v = self.k.new_zeros(shape), self.v.new_zeros(shape)
+        twin = self.like(batch or self.batch, capacity or self.capacity)
         twin.k[:, :, :, :keep] = self.k[:, :, :, :keep]
         twin.v[:, :, :, :keep] = self.v[:, :, :, :keep]
-        lengths = self.lengths if prefix is None else [prefix] * rows
-        twin.lengths = list(lengths) * (shape[1] // rows)
+        lengths = self.lengths if prefix is None else [prefix] * self.batch
+        twin.lengths = list(lengths) * (twin.batch // self.batch)
         return twin

@@ -16,6 +16,7 @@ from elara.model.attention import Attention, View, rope_angles, section_chunks
 from elara.model.cache import KVCache
 from elara.model.mlp import MLP
 from elara.model.moe import Choice, MoE, RoutingStats
+from elara.model.norm import RMSNorm
 from elara.model.section import MaskSection
 
 
@@ -34,9 +35,9 @@ class Block(nn.Module):
     def __init__(self, config: ElaraConfig, *, moe: bool) -> None:
         super().__init__()
         m = config.model
-        self.attention_norm = nn.RMSNorm(m.n_embd, eps=m.norm_eps)
+        self.attention_norm = RMSNorm(m.n_embd, m.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(m.n_embd, eps=m.norm_eps)
+        self.mlp_norm = RMSNorm(m.n_embd, m.norm_eps)
         self.mlp: MoE | MLP = MoE(config) if moe else MLP(m.n_embd, m.hidden)
         self.dropout = m.dropout
 
@@ -69,7 +70,7 @@ class ElaraLM(nn.Module):
         m = config.model
         self.embed = nn.Embedding(config.vocab_size, m.n_embd)
         self.blocks = nn.ModuleList(Block(config, moe=i in config.moe_layers) for i in range(m.n_layer))
-        self.norm = nn.RMSNorm(m.n_embd, eps=m.norm_eps)
+        self.norm = RMSNorm(m.n_embd, m.norm_eps)
         untied = config.tidar.block_length and not config.tidar.tie_head
         self.diffusion = nn.Linear(m.n_embd, config.vocab_size, bias=False) if untied else None
         self.reset_parameters()
