@@ -1,0 +1,71 @@
+"""Write text with a trained model: `python -m elara.sample prompt="ROMEO:"`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from elara import checkpoint
+from elara.cli import hydra_main
+from elara.decoding import SamplingConfig, complete
+from elara.errors import ElaraError
+from elara.runs import find_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class SampleConfig(SamplingConfig):
+    """Schema of conf/sample.yaml."""
+
+    checkpoint: str | None = None  # checkpoint folder, run folder or run name
+    prompt: str = ""
+    depth: int | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+
+
+def sample(config: DictConfig) -> None:
+    """Stream the text to stdout, then a line of figures."""
+    wanted = cast(SampleConfig, OmegaConf.to_object(config))
+    if wanted.dtype not in DTYPES:
+        raise ElaraError(f"dtype={wanted.dtype} must be one of: {', '.join(DTYPES)}")
+    folder, device = find_checkpoint(wanted.checkpoint), _device(wanted.device)
+    loaded = checkpoint.load(folder, device=device, dtype=DTYPES[wanted.dtype])
+    print(wanted.prompt, end="", flush=True)
+    done = complete(
+        loaded.model,
+        loaded.tokenizer,
+        wanted.prompt,
+        wanted,
+        depth=wanted.depth,
+        on_text=lambda text: print(text, end="", flush=True),
+    )
+    print(
+        f"\n\n[{done.tokens} tokens, {done.tokens_per_second:.1f} tokens/s, "
+        f"{done.tokens_per_forward:.2f} tokens per forward, mode {wanted.mode}]"
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ElaraError(f"device={name} cannot be used here ({reason}): use cpu or auto") from error
+
+
+def main() -> None:
+    """Console script `elara-sample`."""
+    ConfigStore.instance().store(name="sample_schema", node=SampleConfig)
+    hydra_main("sample", sample)
+
+
+if __name__ == "__main__":
+    main()
