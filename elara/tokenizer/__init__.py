@@ -1,0 +1,17 @@
+"""Tokenizers: char, byte, gpt2, any Hugging Face one; with reserved ids, chat template and fingerprint."""
+
+from elara.tokenizer.base import ROLES, StreamDecoder, Tokenizer
+from elara.tokenizer.config import TokenizerConfig
+from elara.tokenizer.store import build, check_fingerprint, identity, load, padded_vocab
+
+__all__ = [
+    "ROLES",
+    "StreamDecoder",
+    "Tokenizer",
+    "TokenizerConfig",
+    "build",
+    "check_fingerprint",
+    "identity",
+    "load",
+    "padded_vocab",
+]

@@ -1,0 +1,169 @@
+"""Which tokens make which batch: a pure function of (seed, epoch, step), so that a run can go on anywhere exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from elara.data.tokens import TokenFile
+from elara.errors import ElaraError
+
+PADDING = -1  # stands behind a document's last token where a window is longer: no id, no target
+
+Int64 = NDArray[np.int64]
+
+
+class Batches(Dataset[Tensor]):
+    """Training batches. An item is a whole batch: int64 (batch_size, seq + 1); position = epoch * steps + step.
+
+    The packed stream is cut into windows that share one token (the last target is the next input), from an offset that
+    is drawn per epoch; an epoch visits every window once, in an order drawn per epoch, and drops the last incomplete
+    batch. With `cross_documents=False` windows start with each document and never leave it; the rest is `PADDING`.
+
+    Args:
+        tokens: the split to read.
+        batch_size: windows per item.
+        seq: inputs per window; a window has seq + 1 tokens.
+        seed: of offset and order.
+        rank, world: item `step` of this rank is batch `step * world + rank` of the epoch.
+
+    Raises:
+        ElaraError: the corpus is too small for one batch per rank.
+    """
+
+    def __init__(
+        self, tokens: TokenFile, batch_size: int, seq: int, seed: int,
+        *, rank: int = 0, world: int = 1, cross_documents: bool = True,
+    ) -> None:  # fmt: skip
+        self.tokens, self.batch_size, self.seq, self.seed = tokens, batch_size, seq, seed
+        self.rank, self.world = rank, world
+        self._table = None if cross_documents else document_windows(tokens.ends, seq)
+        self.windows = max(len(tokens) - seq, 0) // seq if self._table is None else len(self._table[0])
+        self.steps = self.windows // (batch_size * world)
+        if not self.steps:
+            raise ElaraError(
+                f"the corpus has {len(tokens)} tokens, {self.windows} windows of {seq}: too few for a batch of "
+                f"{batch_size * world}; lower data.batch_size or data.seq, or give more text"
+            )
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return self.steps
+
+    def __getitem__(self, position: int) -> Tensor:
+        epoch, step = divmod(position, self.steps)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.windows, self.seed, epoch)
+        first = (step * self.world + self.rank) * self.batch_size
+        chosen = self._order[first : first + self.batch_size]
+        if self._table is not None:
+            return _padded(self.tokens.tokens, self._table[0][chosen], self._table[1][chosen], self.seq)
+        starts = chosen * self.seq + epoch_offset(self.seq, self.seed, epoch)
+        rows = np.lib.stride_tricks.sliding_window_view(self.tokens.tokens, self.seq + 1)
+        return torch.from_numpy(rows[starts].astype(np.int64))  # (batch_size, seq + 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_epoch": -1, "_order": np.empty(0, np.int64)}  # workers compute the order themselves
+
+
+class Order(Sampler[int]):
+    """Positions of one epoch after the other; begins within an epoch when a run is resumed.
+
+    Positions, not steps, reach the workers: a persistent worker needs no word about the epoch.
+
+    Args:
+        start: (epoch, step) of the first position; that epoch has fewer items, later ones have all.
+    """
+
+    def __init__(self, batches: Batches, start: tuple[int, int] = (0, 0)) -> None:
+        self.steps, self.start, self.epoch = len(batches), start, start[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.start[1] if self.epoch == self.start[0] else 0
+        yield from range(self.epoch * self.steps + first, (self.epoch + 1) * self.steps)
+
+
+class ValidationBatches(Dataset[Tensor]):
+    """Fixed windows of the held-out documents, each within one document; items int64 (<= batch_size, seq + 1).
+
+    Every token but each document's first is a target exactly once; behind a document's end stands `PADDING`.
+
+    Args:
+        limit: at most so many batches, of windows spread evenly over the text; None = all windows.
+        rank, world: ranks take windows in turn; all have equally many batches (up to world - 1 windows are dropped).
+    """
+
+    def __init__(
+        self, tokens: TokenFile, batch_size: int, seq: int, *, limit: int | None = None, rank: int = 0, world: int = 1
+    ) -> None:
+        self.tokens, self.batch_size, self.seq = tokens, batch_size, seq
+        starts, lengths = document_windows(tokens.ends, seq)
+        count = len(starts) if limit is None else min(len(starts), limit * batch_size * world)
+        chosen = np.arange(count, dtype=np.int64) * len(starts) // max(count, 1)
+        mine = chosen[: len(chosen) - len(chosen) % world][rank::world]
+        if not len(mine):
+            raise ElaraError(f"the validation text has {len(tokens)} tokens, too few for {world} ranks: give more text")
+        self._starts, self._lengths = starts[mine], lengths[mine]
+
+    def __len__(self) -> int:
+        return -(-len(self._starts) // self.batch_size)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        return _padded(self.tokens.tokens, self._starts[rows], self._lengths[rows], self.seq)
+
+
+def document_windows(ends: Int64, seq: int) -> tuple[Int64, Int64]:
+    """Starts and lengths (2..seq + 1) of the windows that cover each document, stride seq."""
+    begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    counts = np.maximum(ends - begins - 1 + seq - 1, 0) // seq  # ceil(targets / seq)
+    counts[ends - begins < 2] = 0
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(begins, counts) + (np.arange(counts.sum(), dtype=np.int64) - first) * seq
+    return starts, np.minimum(seq + 1, np.repeat(ends, counts) - starts)
+
+
+def permutation(n: int, seed: int, epoch: int) -> Int64:
+    """A random order of 0..n-1: indices sorted by their hashes, the same in every version of every library."""
+    return np.argsort(_mix(np.arange(n, dtype=np.uint64) ^ _key(seed, epoch, 0)), kind="stable")
+
+
+def epoch_offset(seq: int, seed: int, epoch: int) -> int:
+    """Where the first window of an epoch starts: 0..seq-1."""
+    return int(_key(seed, epoch, 1)[0] % np.uint64(seq))
+
+
+def _key(seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
+    key = _mix(np.array([seed % (1 << 64)], np.uint64))
+    return _mix(_mix(key ^ np.uint64(epoch)) ^ np.uint64(purpose))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64 bits that looks random."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _padded(tokens: NDArray[Any], starts: Int64, lengths: Int64, seq: int) -> Tensor:
+    columns = np.arange(seq + 1, dtype=np.int64)
+    places = np.minimum(starts[:, None] + columns, len(tokens) - 1)
+    rows = np.where(columns < lengths[:, None], tokens[places].astype(np.int64), PADDING)
+    return torch.from_numpy(rows)  # (rows, seq + 1)

@@ -1,0 +1,28 @@
+"""The data's configuration: Hydra schema of the group `data`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class DataConfig:
+    """Which corpus, how it is split, how batches are cut from it."""
+
+    name: str = "shakespeare_char"  # begins the name of the prepared folder
+    source: str = "shakespeare"  # shakespeare | text | hub | parquet | jsonl
+    path: str | None = None  # text, parquet, jsonl: a file or folder; hub: null, or local parquet files instead
+    url: str | None = None  # shakespeare: another place (address or path) for the same archive
+    dataset: str | None = None  # hub: name of the dataset
+    subset: str | None = None  # hub: configuration of the dataset, where it has several
+    revision: str | None = None  # hub: commit or branch; null = the default branch
+    split: str = "train"  # hub: split to read; validation is held out of it by document
+    text_field: str = "text"  # hub, parquet, jsonl: column that holds the text
+    max_documents: int | None = None  # hub, parquet, jsonl: read only so many; null = all
+    val_fraction: float = 0.1  # share held out for validation (shakespeare: fixed plays)
+    processes: int | None = None  # hub, parquet, jsonl: processes that tokenise; null = all cores
+    batch_size: int = 32  # windows per step and rank
+    seq: int | None = None  # window length in tokens; null = model.context_length
+    cross_documents: bool = True  # false: a window ends with its document, the rest is padding
+    val_batches: int | None = None  # validation batches, spread evenly over the text; null = all of it
+    workers: int = 0  # processes that read batches; 0 = in the training process, the fastest for small batches

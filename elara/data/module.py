@@ -1,0 +1,79 @@
+"""The Lightning data module: prepares a corpus and hands out its batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from elara.data.batches import Batches, Order, ValidationBatches
+from elara.data.config import DataConfig
+from elara.data.preparation import Prepared, prepare
+from elara.tokenizer import TokenizerConfig
+
+
+class ElaraData(LightningDataModule):
+    """Batches of token ids, int64 (batch, seq + 1), -1 = padding.
+
+    Args:
+        root: folder for downloads and prepared data.
+        seed: of the order of batches.
+        seq: inputs per window, used when `data.seq` is null (the model's context length).
+
+    Attributes:
+        position: (epoch, step) at which the train loader begins; set it before `fit` to resume.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, *, seed: int, seq: int) -> None:
+        super().__init__()
+        self.data, self.tokenizer_config, self.root, self.seed = data, tokenizer, Path(root), seed
+        self.seq = data.seq or seq
+        self.position = (0, 0)
+        self._prepared: Prepared | None = None
+
+    @property
+    def prepared(self) -> Prepared:
+        """The token files; opened, or built, on first use."""
+        if self._prepared is None:
+            self._prepared = prepare(self.data, self.tokenizer_config, self.root)
+        return self._prepared
+
+    def prepare_data(self) -> None:
+        """Build the token files; Lightning calls this in one process per machine."""
+        prepare(self.data, self.tokenizer_config, self.root)
+
+    def setup(self, stage: str) -> None:
+        """Open the token files."""
+        _ = self.prepared
+
+    def train_batches(self) -> Batches:
+        """This rank's training batches."""
+        rank, world = self._rank()
+        return Batches(
+            self.prepared.train, self.data.batch_size, self.seq, self.seed,
+            rank=rank, world=world, cross_documents=self.data.cross_documents,
+        )  # fmt: skip
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Batches from `position` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""
+        batches = self.train_batches()
+        return self._loader(batches, Order(batches, self.position))
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """The same held-out windows every time."""
+        rank, world = self._rank()
+        limit = self.data.val_batches
+        val = ValidationBatches(self.prepared.val, self.data.batch_size, self.seq, limit=limit, rank=rank, world=world)
+        return self._loader(val)
+
+    def _loader(self, dataset: Dataset[Tensor], sampler: Sampler[int] | None = None) -> DataLoader[Tensor]:
+        return DataLoader(
+            dataset, batch_size=None, sampler=sampler, num_workers=self.data.workers,
+            persistent_workers=self.data.workers > 0, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

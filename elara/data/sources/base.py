@@ -1,0 +1,89 @@
+"""What a source of text offers to the preparation, and the way from documents to token files."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from elara.data.progress import Progress
+from elara.data.tokens import TokenWriter
+from elara.tokenizer import Tokenizer
+from elara.tokenizer.base import Ids
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
+Counts = dict[str, dict[str, int]]  # split -> documents, tokens, characters
+
+
+class Source(Protocol):
+    """A corpus with its own split into training and validation text."""
+
+    def identity(self) -> dict[str, Any]:
+        """All that fixes the text (JSON values, with hashes); prepared data is rebuilt when it changes."""
+        ...
+
+    def text(self) -> Iterator[str]:
+        """All text of both splits, in pieces; what a `char` tokenizer takes its characters from."""
+        ...
+
+    def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
+        """Write `train` and `val` token files into `folder`; `work` may keep finished parts between attempts."""
+        ...
+
+
+class DocumentSource(ABC):
+    """Sources that are read in one process; their long texts are encoded by threads."""
+
+    ends_documents = True  # every document is followed by the tokenizer's end id
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """See `Source.identity`."""
+
+    @abstractmethod
+    def documents(self, split: Split) -> Iterator[Iterable[str]]:
+        """The split's documents in a fixed order, each in pieces of a few megabytes."""
+
+    def text(self) -> Iterator[str]:
+        for split in SPLITS:
+            for document in self.documents(split):
+                yield from document
+
+    def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
+        counts: Counts = {}
+        with Progress("tokenising", unit="characters") as progress:
+            for split in SPLITS:
+                with TokenWriter(folder, split, dtype) as writer:
+                    for piece, ids in _encoded(self.documents(split), tokenizer):
+                        if ids is not None:
+                            writer.write(ids, len(piece))
+                            progress.advance(len(piece))
+                            continue
+                        if self.ends_documents:
+                            writer.write([tokenizer.end_id], 0)
+                        writer.end_document()
+                    counts[split] = writer.counts
+        return counts
+
+
+def _encoded(documents: Iterable[Iterable[str]], tokenizer: Tokenizer) -> Iterator[tuple[str, Ids | None]]:
+    """Pieces with their ids, in order; ("", None) marks a document's end. Encoders release the interpreter lock."""
+    threads = os.cpu_count() or 1
+    waiting: deque[tuple[str, Future[Ids] | None]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for document in documents:
+            for piece in document:
+                waiting.append((piece, pool.submit(tokenizer.encode_array, piece)))
+                while len(waiting) > 2 * threads:
+                    text, future = waiting.popleft()
+                    yield text, future and future.result()
+            waiting.append(("", None))
+        for text, future in waiting:
+            yield text, future and future.result()

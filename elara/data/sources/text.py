@@ -1,0 +1,143 @@
+"""The user's own text: one file, split by position, or a folder, split by whole files."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from elara import archives
+from elara.data.sources.base import DocumentSource, Split
+from elara.errors import ElaraError
+
+PIECE = 1 << 22  # characters per piece of a long file
+TAIL = 1 << 16  # a piece is cut within its last so many characters
+_WORD_START = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")  # a cut here changes no token of GPT-2's BPE
+
+
+class SingleFile(DocumentSource):
+    """One UTF-8 file: the first characters train, the last `val_fraction` of them validate.
+
+    The cut is a position, not the end of a document, so no end token is added on either side.
+    """
+
+    ends_documents = False
+
+    def __init__(self, file: Path, val_fraction: float) -> None:
+        self._file, self._fraction = file, val_fraction
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "source": "text",
+            "path": str(self._file),
+            "sha256": archives.sha256_of(self._file),
+            "val_fraction": self._fraction,
+        }
+
+    def documents(self, split: Split) -> Iterator[Iterator[str]]:
+        characters = sum(map(len, _characters(self._file)))
+        cut = train_characters(characters, self._fraction)
+        yield _pieces(self._file, *((0, cut) if split == "train" else (cut, characters)))
+
+
+class Folder(DocumentSource):
+    """Every text file below a folder is a document; whole files validate, chosen by the hash of their names."""
+
+    def __init__(self, folder: Path, val_fraction: float) -> None:
+        self._folder, self._fraction = folder, val_fraction
+        self._files = sorted(
+            file for file in folder.rglob("*") if file.is_file() and not file.relative_to(folder).as_posix().startswith(".")
+        )
+        if len(self._files) < 2:
+            raise ElaraError(f"data.path={folder} holds {len(self._files)} files, at least two are needed: "
+                             "one is held out; for a single text give the file itself")  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        held_out = self._held_out()
+        return {
+            "source": "text",
+            "path": str(self._folder),
+            "sha256": {self._name(file): archives.sha256_of(file) for file in self._files},
+            "held_out": [self._name(file) for file in held_out],
+        }
+
+    def documents(self, split: Split) -> Iterator[Iterator[str]]:
+        held_out = set(self._held_out())
+        for file in self._files:
+            if (file in held_out) == (split == "val"):
+                yield _pieces(file)
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self._folder).as_posix()
+
+    def _held_out(self) -> list[Path]:
+        """Files in the order of their names' hashes until the share is reached, skipping those that overshoot it."""
+        sizes = {file: file.stat().st_size for file in self._files}
+        share, chosen = self._fraction * sum(sizes.values()), list[Path]()
+        for file in sorted(self._files, key=lambda file: hashlib.sha256(self._name(file).encode()).digest()):
+            if sum(sizes[f] for f in chosen) + sizes[file] <= 1.1 * share:
+                chosen.append(file)
+        return chosen or [min((file for file in self._files), key=lambda file: (sizes[file], file))]
+
+
+def open_text(path: str | None, val_fraction: float) -> SingleFile | Folder:
+    """The source for `data.path`; ElaraError when it is missing."""
+    if path is None:
+        raise ElaraError("data=text needs data.path=<a text file or a folder of them>")
+    if not 0 < val_fraction < 1:
+        raise ElaraError(f"data.val_fraction={val_fraction} must be between 0 and 1")
+    place = Path(path).expanduser().resolve()
+    if place.is_dir():
+        return Folder(place, val_fraction)
+    if not place.is_file():
+        raise ElaraError(f"data.path={path} does not exist")
+    return SingleFile(place, val_fraction)
+
+
+def train_characters(characters: int, val_fraction: float) -> int:
+    """How many of the first characters train; 0.1 keeps nanoGPT's `int(n * 0.9)`."""
+    return int(characters * (1 - val_fraction))
+
+
+def _characters(file: Path, size: int = PIECE) -> Iterator[str]:
+    """The file's text in blocks, line ends as "\\n", without a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    held = ""  # a "\r" at a block's end may be half of "\r\n"
+    offset = 0
+    try:
+        with file.open("rb") as stream:
+            while True:
+                block = stream.read(size)
+                text = held + decoder.decode(block, final=not block)
+                held = "\r" if block and text.endswith("\r") else ""
+                text = text.removesuffix("\r") if held else text
+                if text:
+                    yield text.replace("\r\n", "\n").replace("\r", "\n")
+                if not block:
+                    return
+                offset += len(block)
+    except UnicodeDecodeError as error:
+        raise ElaraError(f"{file} is not UTF-8 text (near byte {offset + error.start}): convert it to UTF-8 first") from error
+    except OSError as error:
+        raise ElaraError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+def _pieces(file: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """Characters start..stop in pieces that end between two words, where there is such a place."""
+    kept, position = "", 0
+    for text in _characters(file):
+        lower, upper = max(start - position, 0), len(text) if stop is None else stop - position
+        position += len(text)
+        kept += text[lower : max(upper, 0)]
+        if len(kept) < PIECE:
+            continue
+        cuts = [match.start() for match in _WORD_START.finditer(kept, len(kept) - TAIL)]
+        if cuts or len(kept) > 8 * PIECE:
+            cut = cuts[-1] if cuts else len(kept)
+            yield kept[:cut]
+            kept = kept[cut:]
+    if kept:
+        yield kept
