@@ -6,6 +6,13 @@ from elara.decoding.config import SamplingConfig
 from elara.decoding.generate import Step, generate
 
 __all__ = [
-    "Acceptance", "Completion", "SamplingConfig", "Step", "complete", "encode_prompt", "generate", "measure_acceptance",
+    "Acceptance",
+    "Completion",
+    "SamplingConfig",
+    "Step",
+    "complete",
+    "encode_prompt",
+    "generate",
+    "measure_acceptance",
     "writable",
 ]

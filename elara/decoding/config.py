@@ -27,12 +27,16 @@ class SamplingConfig:
         rules = [
             (self.mode in MODES, f"mode={self.mode} must be one of: {', '.join(MODES)}"),
             (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"),
-            (self.temperature >= 0 and math.isfinite(self.temperature),
-             f"temperature={self.temperature} must be 0 (greedy) or a positive number"),
+            (
+                self.temperature >= 0 and math.isfinite(self.temperature),
+                f"temperature={self.temperature} must be 0 (greedy) or a positive number",
+            ),
             (self.top_k is None or self.top_k >= 1, f"top_k={self.top_k} must be at least 1 (null = all tokens)"),
             (self.top_p is None or 0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1] (null = all tokens)"),
-            (self.draft_length is None or self.draft_length >= 1,
-             f"draft_length={self.draft_length} must be at least 1 (null = the trained block length)"),
+            (
+                self.draft_length is None or self.draft_length >= 1,
+                f"draft_length={self.draft_length} must be at least 1 (null = the trained block length)",
+            ),
         ]
         for ok, message in rules:
             if not ok:
