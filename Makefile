@@ -44,7 +44,7 @@ test-all: test ## the fast tests, then the slow ones and those with a real count
 lint: $(DEV) ## ruff, mypy and the rules of import
 	@$(PY) -m ruff check
 	@$(PY) -m mypy
-	@.venv/bin/lint-imports
+	@.venv/bin/lint-imports --no-logo
 
 clean: ## remove caches and build products (data/ and outputs/ stay)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage *.egg-info
