@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,27 +75,17 @@ class Batches(Dataset[Tensor]):
 
 
 class Order(Sampler[int]):
-    """Positions of one epoch after the other; begins within an epoch when a run is resumed.
+    """Positions from `start` on, without end: epochs follow each other inside, so training sees one endless pass.
 
-    Positions, not steps, reach the workers: a persistent worker needs no word about the epoch.
-
-    Args:
-        start: (epoch, step) of the first position; that epoch has fewer items, later ones have all.
+    Positions, not steps, reach the workers: a persistent worker needs no word about the epoch. There is no length, which
+    makes Lightning count steps only; accumulation and validation run across epochs.
     """
 
-    def __init__(self, batches: Batches, start: tuple[int, int] = (0, 0)) -> None:
-        self.steps, self.start, self.epoch = len(batches), start, start[0]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.steps
+    def __init__(self, start: int = 0) -> None:
+        self.start = start
 
     def __iter__(self) -> Iterator[int]:
-        first = self.start[1] if self.epoch == self.start[0] else 0
-        yield from range(self.epoch * self.steps + first, (self.epoch + 1) * self.steps)
+        return itertools.count(self.start)
 
 
 class ValidationBatches(Dataset[Tensor]):

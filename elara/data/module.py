@@ -24,14 +24,14 @@ class ElaraData(LightningDataModule):
         seq: inputs per window, used when `data.seq` is null (the model's context length).
 
     Attributes:
-        position: (epoch, step) at which the train loader begins; set it before `fit` to resume.
+        position: batches of this rank that are behind; the train loader goes on there. Set it before `fit` to resume.
     """
 
     def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, *, seed: int, seq: int) -> None:
         super().__init__()
         self.data, self.tokenizer_config, self.root, self.seed = data, tokenizer, Path(root), seed
         self.seq = data.seq or seq
-        self.position = (0, 0)
+        self.position = 0
         self._prepared: Prepared | None = None
 
     @property
@@ -60,7 +60,7 @@ class ElaraData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Batches from `position` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""
         batches = self.train_batches()
-        return self._loader(batches, Order(batches, self.position))
+        return self._loader(batches, Order(self.position))
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """The same held-out windows every time."""

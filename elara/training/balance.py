@@ -30,6 +30,16 @@ def balance_stats(load: Tensor) -> dict[str, Tensor]:
     }
 
 
+def add_loads(total: Tensor | None, load: Tensor) -> Tensor:
+    """Sum of two loads (layers, passes, sections, experts); a pass that one of them lacks counts as zero there."""
+    if total is None or total.shape == load.shape:
+        return load if total is None else total + load
+    longer, shorter = (load, total) if load.shape[1] > total.shape[1] else (total, load)
+    longer = longer.clone()
+    longer[:, : shorter.shape[1]] += shorter
+    return longer
+
+
 class LoadBalancer:
     """Counts loads over micro-batches and ranks and moves each layer's selection bias after an optimizer step.
 
@@ -43,14 +53,7 @@ class LoadBalancer:
 
     def add(self, routing: RoutingStats) -> None:
         """Count one micro-batch. A pass that another micro-batch lacks (sampled depth) counts as zero there."""
-        load = routing.load.detach()
-        if self.load is not None and self.load.shape != load.shape:
-            longer, shorter = (load, self.load) if load.shape[1] > self.load.shape[1] else (self.load, load)
-            longer = longer.clone()
-            longer[:, : shorter.shape[1]] += shorter
-            self.load = longer
-        else:
-            self.load = load if self.load is None else self.load + load
+        self.load = add_loads(self.load, routing.load.detach())
 
     @torch.no_grad()
     def step(self) -> Tensor | None:

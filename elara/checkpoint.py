@@ -1,0 +1,235 @@
+"""Checkpoints: the one way to save a model and the one way to load it.
+
+A checkpoint is a folder: model.safetensors (float32), config.json, tokenizer/, meta.json, and, for resuming only, the
+trainer's state beside them. It is written under a temporary name and renamed, so that a folder with the right name is
+whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from elara import tokenizer as tokenizers
+from elara.config import ElaraConfig
+from elara.errors import ElaraError
+from elara.model import ElaraLM
+from elara.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1  # of the folder's layout; raised when an older reader would misunderstand it
+WEIGHTS, CONFIG, META, TOKENIZER = "model.safetensors", "config.json", "meta.json", "tokenizer"
+TRAINER = "trainer.ckpt"  # optimizer, schedule, loop and random states; holds no weights
+
+# Settings of training that leave the function of the weights alone: a run may go on with others
+TRAINING_ONLY = frozenset(
+    ("model.dropout", "model.init_std", "moe.bias_update_rate", "moe.balance_loss", "moe.z_loss")
+    + ("trm.checkpoint", "trm.sample_depth", "tidar.block_fraction", "tidar.schedule", "tidar.loss_weight")
+)
+
+
+@dataclass
+class Loaded:
+    """A checkpoint in memory. meta: format_version, step, run, parent and what else `save` was given."""
+
+    model: ElaraLM
+    tokenizer: Tokenizer
+    config: ElaraConfig
+    meta: dict[str, Any]
+
+
+def save(
+    path: Path | str,
+    model: ElaraLM,
+    tokenizer: Tokenizer,
+    *,
+    meta: Mapping[str, Any],
+    trainer_state: Callable[[Path], Mapping[str, Tensor]] | None = None,
+) -> Path:
+    """Write a checkpoint folder atomically and return it; an older folder of that name is replaced.
+
+    meta: plain values for meta.json. trainer_state: writes the trainer's state to the path it is given and returns the
+    weights to save in place of the model's own (which may be sharded). Raises ElaraError when the disk is full or the
+    folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir(parents=True)
+        state = trainer_state(temporary / TRAINER) if trainer_state is not None else model.state_dict()
+        save_file({name: _plain(value) for name, value in state.items()}, temporary / WEIGHTS)
+        (temporary / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", "utf-8")
+        tokenizer.save(temporary / TOKENIZER)
+        files = {name: _checksum(temporary / name) for name in (WEIGHTS, TRAINER) if (temporary / name).exists()}
+        about = {"format_version": FORMAT_VERSION, **meta, "tokenizer": tokenizer.fingerprint, "crc32": files}
+        write_json(temporary / META, about)
+        for file in (p for p in temporary.rglob("*") if p.is_file()):
+            _sync(file)
+        _replace_folder(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, RuntimeError) and "write" not in str(error):
+            raise  # not about the disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ElaraError(f"cannot write the checkpoint {path}: {reason}; make room, then continue with resume=auto") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return path
+
+
+def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
+    """Read a checkpoint folder.
+
+    dtype: of the weights, default float32; the router stays in float32. Raises ElaraError that names what is missing,
+    truncated, newer than this program or does not fit.
+    """
+    path = Path(path)
+    meta = read_meta(path)
+    config = read_config(path)
+    state = read_weights(path, meta)
+    with torch.device("meta"):
+        model = ElaraLM(config)
+    fit(path, state, model)
+    for name, value in state.items():
+        keep = dtype is None or ".router." in name
+        state[name] = value.to(device, None if keep else dtype)
+    model.load_state_dict(state, assign=True)
+    model.eval()
+    return Loaded(model, read_tokenizer(path, meta), config, meta)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """meta.json of a checkpoint folder, its files checked for presence and its version for being known."""
+    if not path.is_dir():
+        raise ElaraError(f"there is no checkpoint at {path}")
+    for name in (META, CONFIG, WEIGHTS, TOKENIZER):
+        if not (path / name).exists():
+            raise ElaraError(f"{path} is not a whole checkpoint: {name} is missing")
+    meta = _read_json(path / META)
+    version = meta.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ElaraError(
+            f"{path} has format_version {version}, this program reads up to {FORMAT_VERSION}: use a newer elara"
+        )
+    return meta
+
+
+def read_config(path: Path) -> ElaraConfig:
+    """The architecture in a checkpoint's config.json."""
+    return ElaraConfig.from_dict(_read_json(path / CONFIG))
+
+
+def read_weights(path: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of a checkpoint folder; raises ElaraError when the file is truncated or altered."""
+    verify(path, meta, WEIGHTS)
+    try:
+        return load_file(path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ElaraError(f"{path / WEIGHTS} is damaged: {error}") from error
+
+
+def read_tokenizer(path: Path, meta: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer saved with a checkpoint; raises ElaraError when it is not the one the weights were trained with."""
+    tokenizer = tokenizers.load(path / TOKENIZER)
+    if meta.get("tokenizer") not in (None, tokenizer.fingerprint):
+        raise ElaraError(f"{path / TOKENIZER} is not the tokenizer of these weights (fingerprints differ)")
+    return tokenizer
+
+
+def verify(path: Path, meta: Mapping[str, Any], name: str) -> None:
+    """Compare one file with the checksum in meta.json; raises ElaraError when it is missing, truncated or altered."""
+    if not (path / name).is_file():
+        raise ElaraError(f"{path} is not a whole checkpoint: {name} is missing")
+    expected = meta.get("crc32", {}).get(name)
+    if expected is not None and _checksum(path / name) != expected:
+        raise ElaraError(f"{path / name} is damaged: its checksum differs from the one in {META}")
+
+
+def fit(path: Path, state: Mapping[str, Tensor], model: ElaraLM) -> None:
+    """Raise ElaraError naming the first weight that `model` and a checkpoint's state dict do not share."""
+    wanted = model.state_dict()
+    for name, value in wanted.items():
+        if name not in state:
+            raise ElaraError(f"{path} does not fit this model: it has no weight '{name}'")
+        if state[name].shape != value.shape:
+            have, want = tuple(state[name].shape), tuple(value.shape)
+            raise ElaraError(f"{path} does not fit this model: '{name}' is {have} there and {want} here")
+    if extra := sorted(set(state) - set(wanted)):
+        raise ElaraError(f"{path} does not fit this model: it also has '{extra[0]}'")
+
+
+def same_architecture(path: Path, saved: ElaraConfig, wanted: ElaraConfig) -> None:
+    """Raise ElaraError naming the first setting, training-only ones aside, in which two configurations differ."""
+    have, want = saved.to_dict(), wanted.to_dict()
+    for group, values in have.items():
+        for key, value in values.items():
+            if f"{group}.{key}" not in TRAINING_ONLY and value != want[group][key]:
+                raise ElaraError(f"{path} has another architecture: {group}.{key} is {value} there and {want[group][key]} here")
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def link(target: Path, name: Path) -> None:
+    """Point the symbolic link `name` at its sibling folder `target`, atomically."""
+    temporary = name.with_name(f".{name.name}-{uuid.uuid4().hex[:8]}")
+    temporary.symlink_to(target.name, target_is_directory=True)
+    os.replace(temporary, name)
+
+
+def _plain(value: Tensor) -> Tensor:
+    value = value.detach().cpu().contiguous()
+    return value.float() if value.is_floating_point() else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ElaraError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ElaraError(f"{path} cannot be read: not a JSON object")
+    return data
+
+
+def _checksum(path: Path) -> int:
+    total = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            total = zlib.crc32(chunk, total)
+    return total
+
+
+def _sync(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; a folder cannot be renamed onto a full one, so the old one steps aside first."""
+    if path.exists():
+        old = path.with_name(f".{path.name}-old-{uuid.uuid4().hex[:8]}")
+        os.rename(path, old)
+        os.rename(new, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(new, path)

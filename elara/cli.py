@@ -1,0 +1,188 @@
+"""How every entry point meets Hydra: one-line errors, the config's place, the resolvers the config uses.
+
+A traceback is shown only with HYDRA_FULL_ERROR=1; an unexpected one is also written to error.log in the run folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from elara import runs
+from elara.errors import ElaraError, Interrupted
+
+Task = Callable[[DictConfig], None]
+EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def config_path() -> str:
+    """Where the configuration lies: the package `elara.conf`, or the checkout's folder when nothing is installed."""
+    return "pkg://elara.conf" if importlib.util.find_spec("elara.conf") else str(runs.CHECKOUT / "conf")
+
+
+def register_resolvers() -> None:
+    """`${elara_root:}` in the config is `runs.project_root()`."""
+    OmegaConf.register_new_resolver("elara_root", lambda: str(runs.project_root()), replace=True)
+
+
+def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list[str]] | None = None) -> None:
+    """Compose `config_name` from the command line and run `task` on it.
+
+    rewrite: changes the arguments before Hydra sees them. A mistake of the user ends the process with exit code 1 and
+    one line on stderr that begins with `error:`; an interrupt ends it with 130.
+    """
+    register_resolvers()
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+    @functools.wraps(task)
+    def guarded(config: DictConfig) -> None:
+        if not full_error:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        try:
+            task(config)
+        except (Exception, KeyboardInterrupt) as error:
+            if full_error:
+                raise
+            fail(error)
+
+    main: Any = hydra.main(version_base="1.3", config_path=config_path(), config_name=config_name)(guarded)
+    try:
+        if rewrite is not None:
+            sys.argv[1:] = rewrite(sys.argv[1:])
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own words
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        if full_error:
+            raise
+        fail(error)
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Print one line for `error` and end the process."""
+    code = EXIT_INTERRUPTED if isinstance(error, (Interrupted, KeyboardInterrupt)) else 1
+    line = " ".join(explain(error).split())
+    print(line if code == EXIT_INTERRUPTED else f"error: {line}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def explain(error: BaseException) -> str:
+    """One sentence for the user: what was wrong, which value, what to do."""
+    if (own := _in_chain(error, ElaraError)) is not None:
+        return str(own)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override '{error.override}': write key=value, in quotes if the value has special signs"
+    if isinstance(error, InstantiationException):
+        return _failed_target(error)
+    if (cause := _in_chain(error, OmegaConfBaseException)) is not None:
+        return _bad_value(cause)
+    if isinstance(error, HydraException):
+        return _no_match(str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM):
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+        return "out of memory: lower data.batch_size (raise trainer.accumulate_grad_batches), or set trm.checkpoint=true"
+    return _unexpected(error)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` when one of `choices` is close to `word`, else nothing."""
+    match = get_close_matches(word, [str(c) for c in choices], n=1, cutoff=0.6)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def _in_chain(error: BaseException | None, kind: type[BaseException]) -> Any:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, kind):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    group = group.strip("/")
+    if not error.options or not group:
+        return str(error).splitlines()[0]
+    choices = sorted(o for o in error.options if not o.endswith("/"))
+    return f"there is no {group}={option}{nearest(option, choices)}; choices: {', '.join(choices)}"
+
+
+def _bad_value(error: Any) -> str:
+    """An OmegaConf error: a key that no schema knows, a value of the wrong type, a missing value or interpolation."""
+    text = str(error).splitlines()[0]
+    key = error.full_key or ""
+    parent = error.parent_node
+    known = [str(k) for k in parent] if isinstance(parent, DictConfig) and not parent._is_none() else []
+    if re.match(r"Key '.*' (is )?not in ", text):
+        name = key.rpartition(".")[2]
+        listed = f"; keys there: {', '.join(sorted(known))}" if known else ""
+        return f"unknown key '{key}'{nearest(name, known)}{listed}"
+    if "Missing mandatory value" in text or "missing value" in text.lower():
+        return f"{key} has no value: give one as {key}=..."
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def _no_match(text: str) -> str:
+    first = text.splitlines()[0]
+    if found := re.match(r"Could not override '([^'@]+).*No match in the defaults list", text, re.DOTALL):
+        return f"there is no config group or key '{found[1]}'{nearest(found[1], _top_level())}"
+    return first
+
+
+def _top_level() -> list[str]:
+    conf = runs.CHECKOUT / "conf"
+    folder = conf if conf.is_dir() else Path(__file__).parent / "conf"
+    return [p.name for p in folder.glob("*/")]
+
+
+def _failed_target(error: InstantiationException) -> str:
+    """An object of the config could not be built: name the argument that its class does not know."""
+    cause = error.__cause__ or error
+    where = (found := re.search(r"full_key: (\S+)", str(error))) and found[1]
+    target = re.search(r"'([\w.]+)'", str(error).splitlines()[0])
+    message = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    if isinstance(cause, ImportError) or "Error locating target" in str(error):
+        root = _in_chain(error, ImportError) or cause
+        return f"{where or 'the config'} needs {target[1] if target else 'a package'}, which cannot be imported: {root}"
+    if isinstance(cause, TypeError) and (bad := re.search(r"unexpected keyword argument '(\w+)'", message)):
+        known = list(inspect.signature(hydra.utils.get_object(target[1])).parameters) if target else []
+        key = f"{where}.{bad[1]}" if where else bad[1]
+        return f"unknown key '{key}'{nearest(bad[1], known)}: {target[1] if target else 'its class'} takes no such argument"
+    return f"{where}: {message}" if where else message
+
+
+def _unexpected(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    hint = "set HYDRA_FULL_ERROR=1 for the traceback"
+    if HydraConfig.initialized():
+        log = Path(HydraConfig.get().runtime.output_dir) / "error.log"
+        try:
+            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            hint = f"the traceback is in {log}"
+        except OSError:
+            pass  # the folder may be what is broken; the hint above still holds
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"{type(error).__name__}{place}{': ' if first else ''}{first} ({hint})"

@@ -1,0 +1,165 @@
+"""The run folder: what lies where in it, how runs are found again, and who may write to one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from elara.errors import ElaraError
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def project_root() -> Path:
+    """Where `data/` and `outputs/` go: $ELARA_HOME, else the checkout this package lies in, else the current folder."""
+    if home := os.environ.get("ELARA_HOME"):
+        return Path(home).expanduser().resolve()
+    return CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run's folder: outputs/train/<name>/<time>."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        """The command line's overrides as Hydra saved them, a YAML list."""
+        return self.path / ".hydra" / "overrides.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per logged step."""
+        return self.path / "metrics.csv"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def samples(self) -> Path:
+        """What the model wrote during training."""
+        return self.path / "samples.txt"
+
+    @property
+    def summary(self) -> Path:
+        """Final metrics, versions, hardware; `finished` tells whether training reached its last step."""
+        return self.path / "summary.json"
+
+    @property
+    def last(self) -> Path:
+        """Link to the newest checkpoint."""
+        return self.path / "checkpoints" / "last"
+
+    @property
+    def best(self) -> Path:
+        """Link to the checkpoint with the lowest validation loss."""
+        return self.path / "checkpoints" / "best"
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.read_summary().get("finished"))
+
+    def read_summary(self) -> dict[str, Any]:
+        """summary.json, or {} while there is none."""
+        try:
+            summary: dict[str, Any] = json.loads(self.summary.read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return summary
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints step-N, newest first."""
+        found = [p for p in (self.path / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps behind a checkpoint folder `step-N` (or a link to one)."""
+    return int(checkpoint.resolve().name.removeprefix("step-"))
+
+
+def train_root() -> Path:
+    return project_root() / "outputs" / "train"
+
+
+def find_runs(name: str | None = None, root: Path | None = None) -> list[Run]:
+    """Training runs, newest first: those called `name`, or all."""
+    root = root or train_root()
+    folders = (root / name).glob("*/") if name else root.glob("*/*/")
+    runs = [Run(folder) for folder in folders if (folder / ".hydra").is_dir()]
+    return sorted(runs, key=lambda run: (run.path.name, run.path.stat().st_mtime_ns), reverse=True)
+
+
+def newest_unfinished(name: str, root: Path | None = None) -> Run:
+    """The run that `resume=auto` continues; raises ElaraError when there is none."""
+    runs = find_runs(name, root)
+    for run in runs:
+        if not run.finished:
+            return run
+    if runs:
+        raise ElaraError(f"nothing to resume: every run called '{name}' is finished (the newest is {runs[0].path})")
+    raise ElaraError(f"nothing to resume: there is no run called '{name}' under {root or train_root()}")
+
+
+def find_checkpoint(where: str | Path | None = None) -> Path:
+    """A checkpoint folder for sampling or evaluation.
+
+    where: a checkpoint folder; a run folder (its best checkpoint, else the last); a run's name (its newest run that has
+    one); None: the newest run of any name, finished ones first. Raises ElaraError when there is nothing.
+    """
+    if where is not None:
+        path = Path(where)
+        if (path / "config.json").is_file():
+            return path
+        if path.is_dir():
+            return _best_of(Run(path)) or _nothing(f"{path} holds no checkpoint")
+    runs = find_runs(str(where) if where is not None else None)
+    for run in sorted(runs, key=lambda run: not run.finished):
+        if found := _best_of(run):
+            return found
+    if where is not None:
+        return _nothing(f"there is no checkpoint at '{where}', and no run of that name")
+    return _nothing(f"there is no trained model under {train_root()}")
+
+
+def _best_of(run: Run) -> Path | None:
+    candidates = [run.best, run.last, *run.checkpoints()]
+    return next((p for p in candidates if (p / "config.json").is_file()), None)
+
+
+def _nothing(message: str) -> Path:
+    raise ElaraError(f"{message}: train one with `python -m elara.train` first")
+
+
+def claim(folder: Path) -> IO[str]:
+    """Make this process the only one that trains in `folder`, until it ends; keep the returned file open.
+
+    Raises ElaraError when another process holds the folder or it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held open on purpose
+    except OSError as error:
+        raise ElaraError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        import fcntl  # absent on Windows, where nothing guards the folder
+    except ImportError:
+        return lock
+    try:
+        # lockf, not flock: data workers forked later must not keep the lock alive after this process is killed
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise ElaraError(f"another process is training in {folder}: wait for it or stop it first") from error
+    return lock

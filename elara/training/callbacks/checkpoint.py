@@ -1,0 +1,109 @@
+"""Checkpoints of a run: checkpoints/step-N, with the links `last` and `best` (lowest validation loss)."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from torch import Tensor
+
+from elara import checkpoint
+from elara.errors import ElaraError
+from elara.runs import Run, step_of
+
+BEST_BY = "val/loss_ar"
+
+
+class Checkpoint(Callback):
+    """Saves before every validation, and every `every_n_steps` steps if that is given.
+
+    A save precedes its validation, so that a crash in the latter costs nothing; its figures join meta.json afterwards.
+
+    Args:
+        folder: the run folder.
+        every_n_steps: optimizer steps between further saves; None: only where a validation follows.
+        keep: newest checkpoints to keep beside the best one; older ones are deleted.
+        parent: checkpoint this run started from, for meta.json.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int | None = None, keep: int = 2, parent: str | None = None) -> None:
+        if keep < 1 or (every_n_steps is not None and every_n_steps < 1):
+            raise ElaraError("callbacks.checkpoint: keep and every_n_steps must be at least 1")
+        self.run = Run(Path(folder))
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self.parent = parent
+        self.saved_step = -1
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        if not module.step_ends(batch_idx):
+            return
+        regular = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        final = trainer.global_step == trainer.max_steps
+        if regular or final or module.validates(batch_idx):
+            self.save(trainer, module)
+
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        folder = self.run.path / "checkpoints" / f"step-{module.step}"
+        if not trainer.is_global_zero or not folder.is_dir():
+            return
+        figures = {name: value for name, value in module.latest.items() if name.startswith("val/")}
+        meta = checkpoint.read_meta(folder)
+        checkpoint.write_json(folder / checkpoint.META, {**meta, "metrics": figures})
+        self._choose_best()
+        self._prune()
+
+    def save(self, trainer: Trainer, module: Any) -> None:
+        """Write checkpoints/step-N and point `last` to it. Every rank calls this; the first one writes."""
+        step = trainer.global_step
+        if step == self.saved_step:
+            return
+        self.saved_step = step
+        for logger in trainer.loggers:
+            logger.save()  # a row that the checkpoint lies behind must not be lost with the process
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(self.run.path / "unused")  # takes part in gathering the shards
+            return
+
+        def trainer_state(path: Path) -> Mapping[str, Tensor]:
+            trainer.save_checkpoint(path)
+            weights: Mapping[str, Tensor] = module.saved_weights
+            del module.saved_weights
+            return weights
+
+        folder = self.run.path / "checkpoints" / f"step-{step}"
+        per_batch = trainer.datamodule.data.batch_size * trainer.world_size  # type: ignore[attr-defined]
+        windows = (trainer.fit_loop.total_batch_idx + 1) * per_batch
+        meta = {"step": step, "windows": windows, "run": str(self.run.path), "parent": self.parent}
+        checkpoint.save(folder, module.model, module.tokenizer, meta=meta, trainer_state=trainer_state)
+        checkpoint.link(folder, self.run.last)
+        self._prune()
+
+    def _choose_best(self) -> None:
+        losses = {folder: validation_loss(folder) for folder in self.run.checkpoints()}
+        finite = {folder: loss for folder, loss in losses.items() if math.isfinite(loss)}
+        if finite:
+            checkpoint.link(min(finite, key=lambda folder: (finite[folder], step_of(folder))), self.run.best)
+
+    def _prune(self) -> None:
+        folders = self.run.checkpoints()
+        keep = {step_of(folder) for folder in folders[: self.keep]}
+        keep |= {step_of(link) for link in (self.run.best, self.run.last) if link.exists()}
+        for folder in folders:
+            if step_of(folder) not in keep:
+                doomed = folder.with_name(f".{folder.name}-old-{uuid.uuid4().hex[:8]}")
+                folder.rename(doomed)  # a half-deleted folder must not look like a checkpoint
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def validation_loss(folder: Path) -> float:
+    """The loss that `best` is chosen by; inf while a checkpoint has not been validated."""
+    try:
+        return float(checkpoint.read_meta(folder).get("metrics", {}).get(BEST_BY, math.inf))
+    except ElaraError:
+        return math.inf

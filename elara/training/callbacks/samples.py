@@ -1,0 +1,80 @@
+"""Let the model write at validations, into samples.txt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import FSDPStrategy
+
+from elara.decoding import SamplingConfig, complete
+from elara.runs import Run
+
+HEADER = "==== step {step} ===="
+
+
+class Samples(Callback):
+    """Writes one sample per prompt after every `every`-th validation and after the last step.
+
+    Sharded models (FSDP) are passed over: their weights are not whole on any rank.
+
+    Args:
+        folder: the run folder.
+        prompts: texts to continue; an empty one begins a document.
+        every: validations from one sample to the next.
+        sampling: keys of `elara.decoding.SamplingConfig`.
+    """
+
+    def __init__(self, folder: str, prompts: list[str], every: int = 1, **sampling: Any) -> None:
+        self.path = Run(Path(folder)).samples
+        self.prompts = list(prompts)
+        self.every = every
+        self.sampling = SamplingConfig(**sampling)
+        self._validations = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._validations = state["validations"]
+
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        self._validations += 1
+        last = module.step >= trainer.max_steps
+        if not trainer.is_global_zero or isinstance(trainer.strategy, FSDPStrategy):
+            return
+        if self._validations % self.every and not last:
+            return
+        written = []
+        for prompt in self.prompts:
+            done = complete(module.model, module.tokenizer, prompt, self.sampling)
+            written.append(prompt + done.text)
+        write_samples(self.path, module.step, written)
+        for logger in trainer.loggers:
+            text = "\n\n----\n\n".join(written)
+            if isinstance(logger, WandbLogger):
+                logger.log_text("samples", columns=["step", "text"], data=[[module.step, text]])
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", f"```\n{text}\n```", module.step)
+
+
+def write_samples(path: Path, step: int, texts: list[str]) -> None:
+    """Append the texts of one step; blocks of this step or later ones, left from before a resume, are dropped."""
+    before = path.read_text("utf-8") if path.exists() else ""
+    for match in re.finditer(r"^==== step (\d+) ====$", before, re.MULTILINE):
+        if int(match[1]) >= step:
+            before = before[: match.start()]
+            break
+    block = "\n".join([HEADER.format(step=step), "\n----\n".join(texts), "", ""])
+    path.write_text(before + block, "utf-8")
+
+
+def last_sample(path: Path) -> str:
+    """The first text of the newest block in samples.txt, or "" when there is none."""
+    if not path.exists():
+        return ""
+    block = re.split(r"^==== step \d+ ====\n", path.read_text("utf-8"), flags=re.MULTILINE)[-1]
+    return block.split("\n----\n")[0].rstrip()

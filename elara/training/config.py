@@ -1,0 +1,39 @@
+"""The schema of `conf/train.yaml`: a mistyped key or a value of the wrong type is an error that names the key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+from elara.config import MoEConfig, ModelConfig, TiDARConfig, TRMConfig
+from elara.data.config import DataConfig
+from elara.tokenizer.config import TokenizerConfig
+
+
+@dataclass
+class TrainConfig:
+    """Everything `python -m elara.train` can be told. Groups without a class of ours are plain Hydra targets."""
+
+    name: str = "elara"  # folder of the runs under outputs/train
+    seed: int = 1  # of weights, data order, mask sections and recursion depths
+    resume: str | None = None  # auto or a run folder: go on with that run in place
+    init_from: str | None = None  # checkpoint, run folder or run name: start a new run from these weights
+    compile: bool = False  # torch.compile of the blocks
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    trm: TRMConfig = field(default_factory=TRMConfig)
+    tidar: TiDARConfig = field(default_factory=TiDARConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `train_schema`."""
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)

@@ -1,0 +1,126 @@
+"""Where the figures go: a CSV file, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import csv
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from elara.errors import ElaraError
+
+
+class CSV(Logger):
+    """One metrics.csv with one row per step, complete on disk after every call.
+
+    A step that is logged again, after a resume, replaces the rows from there on, so that the file reads like that of
+    an uninterrupted run; figures that come in several calls for one step share its row.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._columns: list[str] = []
+        self._row: dict[str, str] = {}
+        self._offset = 0  # where the last row begins
+        self._ready = False
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass  # config.yaml in the same folder has them
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Merge `metrics` into the row of `step`."""
+        assert step is not None
+        if not self._ready:
+            self._open(step)
+        if self._row.get("step") != str(step):
+            if self._row:
+                self._offset = self.path.stat().st_size
+            self._row = {"step": str(step)}
+        self._row.update({name: format(float(value), ".8g") for name, value in metrics.items()})
+        new = [name for name in self._row if name not in self._columns]
+        if new:
+            self._columns += new
+            self._rewrite(self._read()[0] if self.path.exists() else [])
+        with open(self.path, "r+", encoding="utf-8", newline="") as file:
+            file.seek(self._offset)
+            csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(self._row)
+            file.truncate()
+
+    def _open(self, step: int) -> None:
+        """Take over a file from before: rows ahead of `step` stay, its own row is continued, later ones go."""
+        self._ready = True
+        if not self.path.exists():
+            return
+        rows, self._columns = self._read()
+        earlier = [row for row in rows if int(row["step"]) < step]
+        self._row = next((row for row in rows if int(row["step"]) == step), {})
+        self._row = {name: value for name, value in self._row.items() if value != ""}
+        self._rewrite(earlier)
+
+    def _read(self) -> tuple[list[dict[str, str]], list[str]]:
+        with open(self.path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            # a killed process can leave half a last row
+            rows = [row for row in reader if row["step"].isdigit() and None not in row and None not in row.values()]
+            return rows, list(reader.fieldnames or [])
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        """Write header and `rows` anew; the current row comes behind them."""
+        rows = [row for row in rows if row["step"] != self._row.get("step")]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            self._offset = file.tell()
+        os.replace(temporary, self.path)
+
+
+def tensorboard(folder: str) -> TensorBoardLogger:
+    """Event files in `folder`; look at them with `tensorboard --logdir`."""
+    try:
+        return TensorBoardLogger(save_dir=folder, name="", version="", default_hp_metric=False)
+    except ModuleNotFoundError as error:
+        raise ElaraError("logger=tensorboard needs the package tensorboard: pip install tensorboard") from error
+
+
+def wandb(folder: str, *, project: str, mode: str, name: str | None = None, entity: str | None = None) -> WandbLogger:
+    """Weights & Biases. A resumed run continues its own curve: its id lies in the run folder.
+
+    mode: online (needs a key), offline (no account, no network; `wandb sync` uploads later) or auto: online with a key,
+    else offline. Raises ElaraError when the package or the key is missing.
+    """
+    try:
+        import wandb as package  # heavy, an extra, and wanted only here
+    except ModuleNotFoundError as error:
+        raise ElaraError("logger=wandb needs the package wandb: pip install 'elara-hivemind[wandb]'") from error
+    if mode not in ("auto", "online", "offline"):
+        raise ElaraError(f"logger.wandb.mode={mode} must be auto, online or offline")
+    key = bool(package.api.api_key)
+    if mode == "online" and not key:
+        raise ElaraError("logger.wandb.mode=online needs a key: run `wandb login`, or set logger.wandb.mode=offline")
+    note = Path(folder) / "wandb_id"
+    identity = note.read_text("utf-8").strip() if note.exists() else uuid.uuid4().hex[:8]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    note.write_text(identity + "\n", "utf-8")
+    offline = mode == "offline" or (mode == "auto" and not key)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return WandbLogger(
+        name=name, save_dir=folder, project=project, entity=entity, id=identity, resume="allow", offline=offline
+    )

@@ -1,0 +1,167 @@
+"""The LightningModule: what one step computes. What happens around it lies in `callbacks`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from elara.errors import ElaraError
+from elara.model import ElaraLM
+from elara.tokenizer import Tokenizer
+from elara.training.balance import LoadBalancer, add_loads
+from elara.training.losses import elara_loss
+from elara.training.metrics import Means, loss_figures
+from elara.training.schedules import Factor
+
+class ElaraModule(lightning.LightningModule):
+    """Losses, optimizer step and balance of one model.
+
+    Every random choice of a step is a pure function of (seed, step, micro-batch, rank). Figures stay on the device
+    as tensors; the callbacks read them every `log_every_n_steps`.
+
+    optimizer: builds the optimizer from the model. schedule: gives the factor on its rate as a function of the step.
+    """
+
+    def __init__(
+        self,
+        model: ElaraLM,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        optimizer: Callable[[ElaraLM], torch.optim.Optimizer],
+        schedule: Factor,
+        chars_per_token: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.chars_per_token = chars_per_token
+        self.strict_loading = False  # the trainer's state holds no weights: they come from model.safetensors
+        self._optimizer, self._schedule = optimizer, schedule
+        self.balancer = LoadBalancer(model, model.config.moe.bias_update_rate)
+        losses = ("loss", "loss_ar", "loss_diffusion") if model.config.tidar.block_length else ("loss", "loss_ar")
+        self.train_means = Means(losses)
+        self.grad_means = Means(("grad_norm",))
+        self.val_means = Means(losses)
+        self.load: Tensor | None = None  # (layers, passes, sections, experts) since the last log
+        self.lr = 0.0  # rate of the last step, first parameter group
+        self.latest: dict[str, float] = {}  # newest value of every figure recorded
+        self.resumed_step = 0  # where training goes on, before the trainer has read its own state
+        self.validated_step = -1
+        self._generator = torch.Generator()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, those before a resume included."""
+        return max(self.trainer.global_step, self.resumed_step)
+
+    def step_ends(self, batch_idx: int) -> bool:
+        """Whether this micro-batch is the last one of its optimizer step."""
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+
+    def validates(self, batch_idx: int) -> bool:
+        """Whether a validation follows this micro-batch."""
+        every = self.trainer.val_check_batch
+        due = self.trainer.should_stop or (isinstance(every, int) and (batch_idx + 1) % every == 0)
+        return self.trainer.enable_validation and due
+
+    def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
+        """tokens: (batch, seq + 1) ids with -1 for padding. Returns the loss of this micro-batch."""
+        generator = self._seeded("train", batch_idx, self.global_rank)
+        losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, depth=self._depth())
+        self.balancer.add(losses.routing)
+        self.train_means.update([x for x in (losses.total, losses.ar, losses.diffusion) if x is not None])
+        return losses.total
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Ask for a validation behind the last step, so that a run never ends without one."""
+        if self.trainer.max_steps == self.trainer.global_step + 1 and self.step_ends(batch_idx):
+            self.trainer.should_stop = True
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm and keep the norm, which Lightning would throw away; other algorithms are Lightning's."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        limit = float(gradient_clip_val) if gradient_clip_val else float("inf")
+        sharded = getattr(self.trainer.strategy.model, "clip_grad_norm_", None)  # FSDP knows its own shards
+        norm = sharded(limit) if sharded else torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.grad_means.update([norm])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's step, then the move of the selection biases."""
+        self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        super().optimizer_step(*args, **kwargs)
+        load = self.balancer.step()
+        if load is not None:
+            self.load = add_loads(self.load, load)
+
+    def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
+        """Losses with the same mask sections at every validation."""
+        generator = self._seeded("val", batch_idx, self.global_rank)
+        losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id)
+        values = [x for x in (losses.total, losses.ar, losses.diffusion) if x is not None]
+        self.val_means.update(values, (tokens[:, 1:] >= 0).sum())
+
+    def on_validation_epoch_end(self) -> None:
+        """Record the figures of the whole validation under val/."""
+        figures = {f"val/{name}": value for name, value in self.val_means.read().items()}
+        figures |= loss_figures("val", figures["val/loss_ar"], self.chars_per_token)
+        self.validated_step = self.step
+        self.record(figures)
+        self.log_dict(figures, logger=False, rank_zero_only=True)  # for callbacks that monitor, e.g. EarlyStopping
+
+    def record(self, figures: Mapping[str, float]) -> None:
+        """Send plain numbers to every logger under the current step."""
+        self.latest.update(figures)
+        for logger in self.loggers:
+            logger.log_metrics(dict(figures), step=self.step)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self._optimizer(self.model)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._schedule), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Hand the weights over to `elara.checkpoint`, which stores them once, apart from the trainer's state."""
+        self.saved_weights = {
+            name.removeprefix("model."): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith("model.")
+        }
+        checkpoint["state_dict"] = {}
+
+    def _depth(self) -> int | None:
+        """Recursion depth of this step, the same for all its micro-batches and ranks; None = the model's own."""
+        bounds = self.model.config.trm.sample_depth
+        if bounds is None:
+            return None
+        low, high = bounds
+        return low + _mix(self.seed, "depth", self.trainer.global_step) % (high - low + 1)
+
+    def _seeded(self, purpose: str, *place: int) -> torch.Generator:
+        return self._generator.manual_seed(_mix(self.seed if purpose == "train" else 0, purpose, *place))
+
+
+def _mix(*parts: int | str) -> int:
+    """A 63-bit number that depends on all parts and on nothing else."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def check_finite(figures: Mapping[str, float], step: int) -> None:
+    """Raise ElaraError when a loss is not a number: what follows would train on nonsense."""
+    for name, value in figures.items():
+        if "loss" in name and value != value:
+            raise ElaraError(f"{name} is nan at step {step}: lower optimizer.lr or set trainer.gradient_clip_val")

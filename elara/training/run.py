@@ -1,0 +1,294 @@
+"""One training run from its configuration: data, model, trainer, resume, report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from elara import checkpoint
+from elara import tokenizer as tokenizers
+from elara.config import ElaraConfig
+from elara.data.config import DataConfig
+from elara.data.module import ElaraData
+from elara.errors import ElaraError
+from elara.model import ElaraLM
+from elara.runs import Run, claim, find_checkpoint, project_root
+from elara.tokenizer import Tokenizer, TokenizerConfig
+from elara.training.callbacks import Checkpoint
+from elara.training.callbacks.samples import last_sample
+from elara.training.module import ElaraModule
+from elara.training.precision import resolve
+from elara.training.resume import quoted
+
+GROUPS = ("model", "moe", "trm", "tidar")
+
+# What Lightning and torch say that is not news here: the first three are settings on purpose
+HUSHED = (
+    r".*does not have many workers.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*Trying to infer the `batch_size`.*",
+    r".*The number of training batches .* is smaller than the logging interval.*",
+    r".*LeafSpec.*",
+    r".*You are using `torch.load` with `weights_only=.*",
+)
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    trainer: lightning.Trainer
+    module: ElaraModule
+    data: ElaraData
+
+
+def run(config: DictConfig) -> None:
+    """Train as `config` (a TrainConfig) says, in Hydra's output folder, and tell the user what came out."""
+    here = Run(Path(HydraConfig.get().runtime.output_dir))
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not re.fullmatch(r"[\w.-]+", config.name):
+        raise ElaraError(f"name={config.name} must consist of letters, digits, '.', '-' and '_': it names a folder")
+    lock = claim(here.path) if first else None
+    hush()
+    settings = resolved(config)
+    lightning.seed_everything(config.seed, verbose=False)
+    parts = build(config, settings)
+    start = begin(config, parts, here)
+    if first:
+        note_changes(here, settings)
+        OmegaConf.save(OmegaConf.create(settings), here.config)
+        for logger in parts.trainer.loggers:
+            logger.log_hyperparams(settings)
+        announce(parts, here, start)
+    fit(parts, start)
+    if parts.trainer.is_global_zero:
+        report(parts, here)
+    if lock is not None:
+        lock.close()
+
+
+def hush() -> None:
+    """Silence what Lightning tells a newcomer that helps nobody; its errors stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in HUSHED:
+        warnings.filterwarnings("ignore", message)
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, with `trainer.precision=auto` replaced by what it means here."""
+    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    trainer = settings["trainer"]
+    trainer["precision"] = resolve(trainer.get("precision", "auto"), str(trainer.get("accelerator", "auto")))
+    for key in ("max_steps", "val_check_interval", "accumulate_grad_batches"):
+        if not isinstance(trainer.get(key), int) or trainer[key] < 1:
+            raise ElaraError(f"trainer.{key}={trainer.get(key)} must be a whole number of at least 1")
+    return settings
+
+
+def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
+    """Make data, model and trainer; raises ElaraError for settings that do not go together."""
+    data_config, token_config = OmegaConf.to_object(config.data), OmegaConf.to_object(config.tokenizer)
+    assert isinstance(data_config, DataConfig) and isinstance(token_config, TokenizerConfig)
+    context = config.model.context_length
+    if data_config.seq is not None and data_config.seq > context:
+        raise ElaraError(f"data.seq={data_config.seq} is longer than model.context_length={context}")
+    trainer = make_trainer(config, settings)
+    data = ElaraData(data_config, token_config, project_root() / "data", seed=config.seed, seq=context)
+    prepared = data.prepared
+    model = ElaraLM(architecture(config, prepared.tokenizer))
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    val = prepared.manifest["val"]
+    module = ElaraModule(
+        model,
+        prepared.tokenizer,
+        seed=config.seed,
+        optimizer=instantiate(config.optimizer),
+        schedule=instantiate(config.schedule)(config.trainer.max_steps),
+        chars_per_token=val["characters"] / val["tokens"],
+    )
+    return Parts(trainer, module, data)
+
+
+def architecture(config: DictConfig, tokenizer: Tokenizer) -> ElaraConfig:
+    """The model's configuration; a vocabulary that is not given is the tokenizer's, padded."""
+    values: dict[str, Any] = {group: OmegaConf.to_object(config[group]) for group in GROUPS}
+    wanted = ElaraConfig(**values)
+    if wanted.model.vocab_size is None:
+        wanted.model.vocab_size = tokenizers.padded_vocab(tokenizer.vocab_size)
+    elif wanted.model.vocab_size < tokenizer.vocab_size:
+        raise ElaraError(
+            f"model.vocab_size={wanted.model.vocab_size} is too small: the tokenizer has {tokenizer.vocab_size} ids"
+        )
+    return wanted
+
+
+def make_trainer(config: DictConfig, settings: Mapping[str, Any]) -> lightning.Trainer:
+    """lightning.Trainer from the groups trainer, logger and callbacks."""
+    micro = settings["trainer"]["accumulate_grad_batches"]
+    trainer: lightning.Trainer = instantiate(
+        config.trainer,
+        precision=settings["trainer"]["precision"],
+        val_check_interval=settings["trainer"]["val_check_interval"] * micro,  # Lightning counts micro-batches
+        logger=[instantiate(logger) for logger in config.logger.values()],
+        callbacks=[instantiate(callback) for callback in config.callbacks.values()],
+        default_root_dir=HydraConfig.get().runtime.output_dir,
+    )
+    sharded = type(trainer.strategy).__name__ == "FSDPStrategy"
+    if sharded and str(config.optimizer.get("_target_")).endswith(".muon"):
+        raise ElaraError("optimizer=muon needs whole matrices, which trainer=fsdp shards: take optimizer=adamw")
+    return trainer
+
+
+@dataclass
+class Start:
+    """Where training begins: at step 0, or behind `trainer_state` of a checkpoint."""
+
+    step: int = 0
+    trainer_state: Path | None = None
+    validated: bool = True
+
+
+def begin(config: DictConfig, parts: Parts, here: Run) -> Start:
+    """Put the weights of `resume` or `init_from` into the model and say where training goes on."""
+    if config.resume and (found := here.checkpoints()):
+        return restore(parts, found)
+    if config.init_from:
+        path = find_checkpoint(config.init_from).resolve()
+        load_weights(path, parts.module)
+        saver_of(parts.trainer, parent=str(path))
+    return Start()
+
+
+def restore(parts: Parts, found: list[Path]) -> Start:
+    """Load the newest checkpoint that is whole and fits; older ones stand in for it with a note."""
+    errors: list[ElaraError] = []
+    for path in found:
+        try:
+            checkpoint.same_architecture(path, checkpoint.read_config(path), parts.module.model.config)
+            checkpoint.verify(path, checkpoint.read_meta(path), checkpoint.TRAINER)
+            meta = load_weights(path, parts.module)
+        except ElaraError as error:
+            errors.append(error)
+            continue
+        for error in errors:
+            say(f"note: {error}; going back to {path.name}")
+        parts.module.resumed_step = meta["step"]
+        data = parts.data
+        parts.data.position = meta["windows"] // (data.data.batch_size * parts.trainer.world_size)
+        saver_of(parts.trainer, parent=meta.get("parent"))
+        return Start(meta["step"], path / checkpoint.TRAINER, "metrics" in meta)
+    raise errors[0]
+
+
+def load_weights(path: Path, module: ElaraModule) -> dict[str, Any]:
+    """Copy a checkpoint's weights into the module's model; returns its meta. Raises ElaraError when they do not fit."""
+    meta = checkpoint.read_meta(path)
+    tokenizers.check_fingerprint(module.tokenizer.fingerprint, meta["tokenizer"], "the data's tokenizer")
+    state: dict[str, Tensor] = checkpoint.read_weights(path, meta)
+    checkpoint.fit(path, state, module.model)
+    module.model.load_state_dict(state)
+    return meta
+
+
+def saver_of(trainer: lightning.Trainer, parent: str | None) -> None:
+    """Tell the checkpoint callback where the weights came from."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Checkpoint):
+            callback.parent = parent
+
+
+def fit(parts: Parts, start: Start) -> None:
+    """Train to the last step; a validation that the run was killed in is made up for first."""
+    trainer, module, data = parts.trainer, parts.module, parts.data
+    if not start.validated:
+        trainer.validate(module, datamodule=data, verbose=False)
+    with warnings.catch_warnings():
+        trainer.fit(module, datamodule=data, ckpt_path=start.trainer_state, weights_only=True)
+
+
+def note_changes(here: Run, settings: Mapping[str, Any]) -> None:
+    """Say which settings of a resumed run are not what they were."""
+    if not here.config.exists():
+        return
+    before = flat(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(here.config))))
+    now = flat(settings)
+    for key in sorted(before.keys() | now.keys()):
+        if key != "resume" and before.get(key) != now.get(key):
+            say(f"note: {key} was {before.get(key)} and is {now.get(key)} from here on")
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    if not isinstance(settings, Mapping):
+        return {prefix: settings}
+    return {k: v for key, value in settings.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def announce(parts: Parts, here: Run, start: Start) -> None:
+    """Two lines about what is about to happen."""
+    trainer, model, data = parts.trainer, parts.module.model, parts.data
+    config = model.config
+    ideas = [
+        f"{config.moe.num_experts} experts" if config.moe.num_experts else "",
+        f"depth {config.trm.depth}" if config.trm.depth > 1 or config.trm.sample_depth else "",
+        f"TiDAR blocks of {config.tidar.block_length}" if config.tidar.block_length else "",
+    ]
+    size = sum(p.numel() for p in model.parameters())
+    count = f"{size / 1e6:.1f} M" if size >= 1e6 else f"{size / 1e3:.0f} k"
+    what = ", ".join(["model of " + count + " parameters", *(idea for idea in ideas if idea)])
+    tokens = data.data.batch_size * data.seq * trainer.accumulate_grad_batches * trainer.world_size
+    say(f"{what}; {data.data.name}, {tokens:,} tokens per step, {trainer.max_steps:,} steps, {trainer.precision}")
+    say(f"{'going on at step ' + str(start.step) + ' in' if start.step else 'run folder'} {shown(here.path)}")
+
+
+def report(parts: Parts, here: Run) -> None:
+    """What came out, where it lies, what to do next."""
+    figures = parts.module.latest
+    lines = [f"done: {parts.module.step} steps"]
+    if "val/loss_ar" in figures:
+        line = f"held-out loss {figures['val/loss_ar']:.3f} nats/token"
+        if "val/bits_per_char" in figures:
+            line += f" = {figures['val/bits_per_char']:.3f} bits/character"
+        lines[0] += f", {line}"
+    for what, path in (
+        ("pictures", here.plots), ("figures", here.metrics), ("samples", here.samples), ("checkpoint", here.best)
+    ):  # fmt: skip
+        if path.exists():
+            lines.append(f"  {what + ':':<11} {shown(path)}")
+    if text := last_sample(here.samples):
+        lines += ["", "it writes:", "", text.strip(), ""]
+    if here.last.exists():
+        lines.append(f"next: python -m elara.sample checkpoint={shell(shown(here.path))} prompt=\"ROMEO:\"")
+    print("\n".join(lines), flush=True)
+
+
+def shown(path: Path) -> str:
+    """A path as the user would type it here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def shell(text: str) -> str:
+    return text if re.fullmatch(r"[\w./-]+", text) else f'"{quoted(text)}"'
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
