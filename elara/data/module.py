@@ -55,7 +55,7 @@ class ElaraData(LightningDataModule):
         return Batches(
             self.prepared.train, self.data.batch_size, self.seq, self.seed,
             rank=rank, world=world, cross_documents=self.data.cross_documents,
-        )  # fmt: skip
+        )
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Batches from `position` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""
@@ -73,7 +73,7 @@ class ElaraData(LightningDataModule):
         return DataLoader(
             dataset, batch_size=None, sampler=sampler, num_workers=self.data.workers,
             persistent_workers=self.data.workers > 0, pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
+        )
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -53,8 +53,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> Prepare
         ElaraError: text, archive or tokenizer that cannot be had or is damaged.
     """
     root = Path(root)
-    cache = root / "archives"
-    source = open_source(data, cache)
+    source = open_source(data, root)
     recipe = {"format": FORMAT_VERSION, **source.identity(), "tokenizer": tokenizers.identity(tokenizer)}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / "prepared" / f"{data.name}-{key}"
@@ -62,7 +61,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> Prepare
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not (folder / "manifest.json").exists():
-                _build(source, tokenizers.build(tokenizer, source.text, cache=cache), recipe, folder)
+                _build(source, tokenizers.build(tokenizer, source.text, cache=root / "archives"), recipe, folder)
                 _remove_outdated(folder, recipe)
     return open_prepared(folder)
 
@@ -72,7 +71,8 @@ def open_prepared(folder: Path) -> Prepared:
     train, val = (TokenFile(folder, split) for split in SPLITS)
     tokenizer = tokenizers.load(folder / "tokenizer")
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    tokenizers.check_fingerprint(tokenizer.fingerprint, manifest["tokenizer"]["fingerprint"], f"the tokenizer of {folder}")
+    made_with = manifest["tokenizer"]["fingerprint"]
+    tokenizers.check_fingerprint(tokenizer.fingerprint, made_with, f"the tokenizer of {folder}")
     return Prepared(folder, tokenizer, train, val, manifest)
 
 
@@ -87,11 +87,12 @@ def _build(source: Source, tokenizer: Tokenizer, recipe: dict[str, Any], folder:
         counts = source.write(building, tokenizer, dtype, work)
         for split in SPLITS:
             if counts[split]["tokens"] < 2:
-                raise ElaraError(f"the {split} part of this corpus is empty: give it more text")
-            counts[split]["sha256"] = archives.sha256_of(building / f"{split}.bin")
+                raise ElaraError(f"the {split} part of this corpus is empty: give more text or change data.val_fraction")
         tokenizer.save(building / "tokenizer")
         described = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
-        manifest = {**recipe, "tokenizer": described, "dtype": dtype.str, **counts}
+        manifest: dict[str, Any] = {**recipe, "tokenizer": described, "dtype": dtype.str}
+        for split in SPLITS:
+            manifest[split] = {**counts[split], "sha256": archives.sha256_of(building / f"{split}.bin")}
         (building / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         os.chmod(building, 0o755)
         os.rename(building, folder)

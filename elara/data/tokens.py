@@ -38,7 +38,8 @@ class TokenFile:
     def _map(file: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
         size = file.stat().st_size if file.exists() else -1
         if size != count * dtype.itemsize:
-            raise ElaraError(f"{file} has {size} bytes instead of {count * dtype.itemsize}: delete {file.parent} and run again")
+            wanted = count * dtype.itemsize
+            raise ElaraError(f"{file} has {size} bytes instead of {wanted}: delete {file.parent} and run again")
         if not count:
             return np.empty(0, dtype)
         return np.asarray(np.memmap(file, dtype, mode="r"))
@@ -57,6 +58,9 @@ class TokenWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._tokens.close()
         self._ends.close()
 

@@ -109,7 +109,8 @@ def _backend(data: bytes) -> Backend:
     try:
         backend = Backend.from_str(data.decode("utf-8"))
     except Exception as error:  # the package raises bare Exception
-        raise ElaraError(f"this is not a tokenizer.json ({str(error)[:120]}): give tokenizer.path another file") from error
+        reason = str(error)[:120]
+        raise ElaraError(f"this is not a tokenizer.json ({reason}): give tokenizer.path another file") from error
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True

@@ -49,7 +49,8 @@ def build(config: TokenizerConfig, corpus: Callable[[], Iterable[str]], *, cache
 def identity(config: TokenizerConfig) -> dict[str, Any]:
     """What of a configuration changes the ids, without building it: part of the key of prepared data."""
     if config.kind == "huggingface":
-        return {"kind": config.kind, "fingerprint": HuggingFaceTokenizer.open(config.path, config.end_token).fingerprint}
+        opened = HuggingFaceTokenizer.open(config.path, config.end_token)
+        return {"kind": config.kind, "fingerprint": opened.fingerprint}
     if config.kind == "saved":
         meta = _read_meta(_saved_folder(config))
         return {"kind": meta["kind"], "fingerprint": meta["fingerprint"]}
@@ -66,9 +67,9 @@ def load(folder: Path) -> Tokenizer:
     try:
         tokenizer = kind._restore(files)
     except (KeyError, ValueError) as error:
-        raise ElaraError(f"the tokenizer in {folder} is damaged ({error}): restore it from the run's checkpoint") from error
+        raise ElaraError(f"the tokenizer in {folder} is damaged ({error}): take another checkpoint") from error
     if tokenizer.fingerprint != meta["fingerprint"]:
-        raise ElaraError(f"the tokenizer in {folder} was changed after it was saved: restore it from the run's checkpoint")
+        raise ElaraError(f"the tokenizer in {folder} was changed after it was saved: take another checkpoint")
     return tokenizer
 
 
@@ -99,7 +100,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version, kind, _ = meta["format_version"], meta["kind"], meta["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ElaraError(f"no readable tokenizer in {folder} ({type(error).__name__}): {META_FILE} is needed") from error
+        reason = type(error).__name__
+        raise ElaraError(f"no readable tokenizer in {folder} ({reason}): {META_FILE} is needed") from error
     if version != FORMAT_VERSION or kind not in _KINDS:
         raise ElaraError(f"the tokenizer in {folder} is of kind {kind}, format {version}: update Elara to read it")
     return meta

@@ -5,6 +5,7 @@ from pathlib import Path
 from elara.data.config import DataConfig
 from elara.data.sources.base import SPLITS, Counts, DocumentSource, Source, Split
 from elara.data.sources.shakespeare import Shakespeare
+from elara.data.sources.table import open_table
 from elara.data.sources.text import open_text
 from elara.errors import ElaraError
 
@@ -13,10 +14,15 @@ __all__ = ["SPLITS", "Counts", "DocumentSource", "Source", "Split", "open_source
 KINDS = ("shakespeare", "text", "hub", "parquet", "jsonl")
 
 
-def open_source(data: DataConfig, cache: Path) -> Source:
-    """The source that `data.source` names; ElaraError when its settings are incomplete."""
+def open_source(data: DataConfig, root: Path) -> Source:
+    """The source that `data.source` names; ElaraError when its settings are incomplete.
+
+    root: folder of downloads and prepared data.
+    """
     if data.source == "shakespeare":
-        return Shakespeare(cache, data.url)
+        return Shakespeare(root / "archives", data.url)
     if data.source == "text":
-        return open_text(data.path, data.val_fraction)
+        return open_text(data.path, data.val_fraction, root)
+    if data.source in ("hub", "parquet", "jsonl"):
+        return open_table(data, root)
     raise ElaraError(f"data.source={data.source} is unknown: use {', '.join(KINDS)}")

@@ -14,8 +14,7 @@ import numpy as np
 
 from elara.data.progress import Progress
 from elara.data.tokens import TokenWriter
-from elara.tokenizer import Tokenizer
-from elara.tokenizer.base import Ids
+from elara.tokenizer import Ids, Tokenizer
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -82,8 +81,11 @@ def _encoded(documents: Iterable[Iterable[str]], tokenizer: Tokenizer) -> Iterat
             for piece in document:
                 waiting.append((piece, pool.submit(tokenizer.encode_array, piece)))
                 while len(waiting) > 2 * threads:
-                    text, future = waiting.popleft()
-                    yield text, future and future.result()
+                    yield _result(waiting.popleft())
             waiting.append(("", None))
-        for text, future in waiting:
-            yield text, future and future.result()
+        yield from map(_result, waiting)
+
+
+def _result(item: tuple[str, Future[Ids] | None]) -> tuple[str, Ids | None]:
+    text, future = item
+    return text, None if future is None else future.result()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from elara import archives
+from elara.data.hashes import file_hash
 from elara.data.sources.base import DocumentSource, Split
 from elara.errors import ElaraError
 
@@ -26,14 +26,14 @@ class SingleFile(DocumentSource):
 
     ends_documents = False
 
-    def __init__(self, file: Path, val_fraction: float) -> None:
-        self._file, self._fraction = file, val_fraction
+    def __init__(self, file: Path, val_fraction: float, root: Path) -> None:
+        self._file, self._fraction, self._root = file, val_fraction, root
 
     def identity(self) -> dict[str, Any]:
         return {
             "source": "text",
             "path": str(self._file),
-            "sha256": archives.sha256_of(self._file),
+            "sha256": file_hash(self._file, self._root),
             "val_fraction": self._fraction,
         }
 
@@ -46,21 +46,19 @@ class SingleFile(DocumentSource):
 class Folder(DocumentSource):
     """Every text file below a folder is a document; whole files validate, chosen by the hash of their names."""
 
-    def __init__(self, folder: Path, val_fraction: float) -> None:
-        self._folder, self._fraction = folder, val_fraction
-        self._files = sorted(
-            file for file in folder.rglob("*") if file.is_file() and not file.relative_to(folder).as_posix().startswith(".")
-        )
+    def __init__(self, folder: Path, val_fraction: float, root: Path) -> None:
+        self._folder, self._fraction, self._root = folder, val_fraction, root
+        self._files = sorted(file for file in folder.rglob("*") if file.is_file() and not self._is_hidden(file))
         if len(self._files) < 2:
             raise ElaraError(f"data.path={folder} holds {len(self._files)} files, at least two are needed: "
-                             "one is held out; for a single text give the file itself")  # fmt: skip
+                             "one is held out; for a single text give the file itself")
 
     def identity(self) -> dict[str, Any]:
         held_out = self._held_out()
         return {
             "source": "text",
             "path": str(self._folder),
-            "sha256": {self._name(file): archives.sha256_of(file) for file in self._files},
+            "sha256": {self._name(file): file_hash(file, self._root) for file in self._files},
             "held_out": [self._name(file) for file in held_out],
         }
 
@@ -69,6 +67,9 @@ class Folder(DocumentSource):
         for file in self._files:
             if (file in held_out) == (split == "val"):
                 yield _pieces(file)
+
+    def _is_hidden(self, file: Path) -> bool:
+        return any(part.startswith(".") for part in file.relative_to(self._folder).parts)
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self._folder).as_posix()
@@ -83,7 +84,7 @@ class Folder(DocumentSource):
         return chosen or [min((file for file in self._files), key=lambda file: (sizes[file], file))]
 
 
-def open_text(path: str | None, val_fraction: float) -> SingleFile | Folder:
+def open_text(path: str | None, val_fraction: float, root: Path) -> SingleFile | Folder:
     """The source for `data.path`; ElaraError when it is missing."""
     if path is None:
         raise ElaraError("data=text needs data.path=<a text file or a folder of them>")
@@ -91,10 +92,10 @@ def open_text(path: str | None, val_fraction: float) -> SingleFile | Folder:
         raise ElaraError(f"data.val_fraction={val_fraction} must be between 0 and 1")
     place = Path(path).expanduser().resolve()
     if place.is_dir():
-        return Folder(place, val_fraction)
+        return Folder(place, val_fraction, root)
     if not place.is_file():
         raise ElaraError(f"data.path={path} does not exist")
-    return SingleFile(place, val_fraction)
+    return SingleFile(place, val_fraction, root)
 
 
 def train_characters(characters: int, val_fraction: float) -> int:
@@ -120,7 +121,8 @@ def _characters(file: Path, size: int = PIECE) -> Iterator[str]:
                     return
                 offset += len(block)
     except UnicodeDecodeError as error:
-        raise ElaraError(f"{file} is not UTF-8 text (near byte {offset + error.start}): convert it to UTF-8 first") from error
+        place = offset + error.start
+        raise ElaraError(f"{file} is not UTF-8 text (near byte {place}): convert it to UTF-8 first") from error
     except OSError as error:
         raise ElaraError(f"cannot read {file}: {error.strerror or error}") from error
 

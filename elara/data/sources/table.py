@@ -1,0 +1,326 @@
+"""Documents as rows of a table: a dataset of the hub, streamed, or local parquet and JSON-lines files.
+
+Each file of the dataset is a shard, tokenised by one process into parts. A finished part is kept together with the
+stream's position, so that a killed preparation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elara import tokenizer as tokenizers
+from elara.data.config import DataConfig
+from elara.data.hashes import file_hash
+from elara.data.progress import Progress
+from elara.data.sources.base import SPLITS, Counts, Split
+from elara.data.tokens import TokenFile, TokenWriter, concatenate
+from elara.errors import ElaraError
+from elara.tokenizer import Tokenizer
+
+PART_TOKENS = 1 << 25  # tokens in a part: what a killed process loses at most
+BATCH = 256  # documents read, encoded and written together
+SMALL = 1 << 26  # bytes of local files that one process tokenises alone
+HUB_TIMEOUT = 10  # seconds until the hub counts as unreachable
+SUFFIXES = {"parquet": (".parquet",), "json": (".jsonl", ".json", ".jsonl.gz", ".json.gz")}
+
+
+@dataclass(frozen=True)
+class Table:
+    """See `Source`. One document of every `1 / val_fraction` validates, at a place drawn by hash."""
+
+    data: DataConfig
+    files: tuple[str, ...]  # local files; () = the hub
+    root: Path  # of prepared data; remembers the hashes of large files
+
+    def identity(self) -> dict[str, Any]:
+        data = self.data
+        place: dict[str, Any]
+        if self.files:
+            hashes = {file: file_hash(Path(file), self.root) for file in self.files}
+            place = {"path": data.path, "sha256": hashes}
+        else:
+            place = {"dataset": data.dataset, "subset": data.subset, "revision": data.revision, "split": data.split}
+        return {
+            "source": data.source,
+            **place,
+            "text_field": data.text_field,
+            "max_documents": data.max_documents,
+            "val_fraction": data.val_fraction,
+        }
+
+    def text(self) -> Iterator[str]:
+        self._check_reachable()
+        shards = self.count_shards()
+        for shard in range(shards):
+            for row in islice(_rows(self.open(), shards, shard), self.limit(shards, shard)):
+                yield self.text_of(row)
+
+    def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
+        self._check_reachable()
+        shards = self.count_shards()
+        work.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(work / "tokenizer")
+        processes = max(1, min(self.data.processes or self._worthwhile_processes(), shards))
+        done = sum(_documents_in(part) for part in work.glob("shard-*/part-*"))
+        with Progress(f"tokenising {shards} shards", unit="documents", total=self.data.max_documents, done=done) as bar:
+            if processes == 1:
+                for shard in range(shards):
+                    _tokenise(self, shards, shard, work, dtype.str, os.cpu_count() or 1, bar.advance)
+            else:
+                self._in_processes(processes, shards, work, dtype.str, bar)
+        parts = [part for shard in range(shards) for part in _parts(_shard_folder(work, shard))]
+        return {split: concatenate(parts, folder, split) for split in SPLITS}
+
+    def open(self) -> Any:
+        """The streamed dataset; ElaraError when it cannot be had."""
+        datasets = _datasets()
+        data = self.data
+        try:
+            if self.files:
+                kind = _format(self.files[0])
+                return datasets.load_dataset(kind, data_files=list(self.files), split="train", streaming=True)
+            return datasets.load_dataset(
+                data.dataset, data.subset, split=data.split, revision=data.revision, streaming=True
+            )
+        except Exception as error:  # the library raises many kinds, all of them about this dataset
+            name = data.path or data.dataset
+            raise ElaraError(f"cannot open the dataset {name}: {_first_line(error)}") from error
+
+    def count_shards(self) -> int:
+        """Files of the dataset."""
+        return int(getattr(self.open(), "num_shards", 1))
+
+    def limit(self, shards: int, shard: int) -> int | None:
+        """Documents to read from this shard: an equal share of `max_documents`."""
+        total = self.data.max_documents
+        return None if total is None else total // shards + (shard < total % shards)
+
+    def text_of(self, row: dict[str, Any]) -> str:
+        """The row's text; ElaraError when the column is missing or holds something else."""
+        field = self.data.text_field
+        if field not in row:
+            raise ElaraError(f"data.text_field={field} is not a column of this dataset; it has {', '.join(row)}")
+        value = row[field]
+        if value is not None and not isinstance(value, str):
+            raise ElaraError(f"column {field} holds {type(value).__name__}, not text: set data.text_field")
+        return value or ""
+
+    def is_held_out(self, shard: int, index: int) -> bool:
+        """Whether a document validates: one of each block of `1 / val_fraction` documents."""
+        stride = round(1 / self.data.val_fraction)
+        block, place = divmod(index, stride)
+        return place == (block * 0x9E3779B97F4A7C15 + shard * 0xBF58476D1CE4E5B9 >> 17) % stride
+
+    def _worthwhile_processes(self) -> int:
+        """All cores, unless starting processes would take longer than the work."""
+        small = self.files and sum(Path(file).stat().st_size for file in self.files) < SMALL
+        return 1 if small else os.cpu_count() or 1
+
+    def _in_processes(self, processes: int, shards: int, work: Path, dtype: str, bar: Progress) -> None:
+        context = multiprocessing.get_context("spawn")  # forking a process with threads may hang
+        news: Queue[int] = context.Queue()
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=_remember, initargs=(news,)) as pool:
+            futures = [pool.submit(_in_process, self, shards, shard, work, dtype, threads) for shard in range(shards)]
+            try:
+                while not all(future.done() for future in futures):
+                    if any(future.done() and future.exception() for future in futures):
+                        break
+                    try:
+                        bar.advance(news.get(timeout=0.2))
+                    except queue.Empty:
+                        continue
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                for process in list(pool._processes.values()):
+                    process.terminate()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _check_reachable(self) -> None:
+        """One line within seconds when the hub cannot be reached; its own client would try for half a minute."""
+        _datasets()
+        if self.files:
+            return
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        advice = "or give data.path=<local parquet files>"
+        name = self.data.dataset
+        try:
+            HfApi().dataset_info(str(name), revision=self.data.revision, timeout=HUB_TIMEOUT)
+        except HfHubHTTPError as error:
+            reason = _first_line(error)
+            raise ElaraError(f"the hub refuses dataset {name} ({reason}): check data.dataset, {advice}") from error
+        except Exception as error:
+            reason = type(error).__name__
+            raise ElaraError(f"the hub cannot be reached for {name} ({reason}): check the network, {advice}") from error
+
+
+def open_table(data: DataConfig, root: Path) -> Table:
+    """The table for a configuration; ElaraError when its settings are incomplete."""
+    if not 0 < data.val_fraction <= 0.5:
+        raise ElaraError(f"data.val_fraction={data.val_fraction} must be above 0 and at most 0.5")
+    if data.path is None:
+        if data.source != "hub":
+            raise ElaraError(f"data={data.source} needs data.path=<a file or a folder of them>")
+        if data.dataset is None:
+            raise ElaraError("data.source=hub needs data.dataset=<name on the hub>")
+        return Table(data, (), root)
+    place = Path(data.path).expanduser().resolve()
+    if not place.exists():
+        raise ElaraError(f"data.path={data.path} does not exist")
+    kinds = {"parquet": ["parquet"], "jsonl": ["json"]}.get(data.source, list(SUFFIXES))
+    for kind in kinds:
+        found = sorted(place.rglob("*")) if place.is_dir() else [place]
+        files = tuple(str(file) for file in found if file.is_file() and file.name.endswith(SUFFIXES[kind]))
+        if files:
+            return Table(data, files, root)
+    wanted = " or ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
+    raise ElaraError(f"data.path={data.path} holds no file that ends in {wanted}")
+
+
+def _tokenise(
+    table: Table, shards: int, shard: int, work: Path, dtype: str, threads: int, advance: Any, parent: int | None = None
+) -> None:
+    """Write the missing parts of one shard."""
+    folder = _shard_folder(work, shard)
+    folder.mkdir(exist_ok=True)
+    if (folder / "done").exists():
+        return
+    tokenizer = tokenizers.load(work / "tokenizer")
+    parts = _parts(folder)
+    dataset = _shard(table.open(), shards, shard)
+    index = 0
+    if parts:
+        position = json.loads((parts[-1] / "position.json").read_text(encoding="utf-8"))
+        index = position["index"]
+        dataset.load_state_dict(position["stream"])
+    limit = table.limit(shards, shard)
+    rows = iter(dataset)
+    finished = False
+    with ThreadPoolExecutor(threads) as pool:
+        while not finished:
+            with _Part(folder, len(parts), np.dtype(dtype)) as part:
+                while part.tokens < PART_TOKENS and not finished:
+                    if parent is not None and os.getppid() != parent:
+                        raise SystemExit("the preparing process is gone")
+                    room = BATCH if limit is None else min(BATCH, limit - index)
+                    texts = [table.text_of(row) for row in islice(rows, room)]
+                    for text, ids in zip(texts, pool.map(tokenizer.encode_array, texts), strict=True):
+                        if text:
+                            part.add("val" if table.is_held_out(shard, index) else "train", ids, text, tokenizer.end_id)
+                        index += 1
+                    finished = len(texts) < BATCH
+                    advance(len(texts))
+                part.finish({"index": index, "stream": dataset.state_dict()})
+                parts.append(folder)
+    (folder / "done").touch()
+
+
+class _Part:
+    """A folder of token files that appears under its name when it is whole."""
+
+    def __init__(self, folder: Path, number: int, dtype: np.dtype[Any]) -> None:
+        self._target = folder / f"part-{number:05d}"
+        self._building = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
+        self._dtype = dtype
+        self._writers = {split: TokenWriter(self._building, split, dtype) for split in SPLITS}
+
+    def __enter__(self) -> _Part:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        shutil.rmtree(self._building, ignore_errors=True)
+
+    @property
+    def tokens(self) -> int:
+        return sum(writer.counts["tokens"] for writer in self._writers.values())
+
+    def add(self, split: Split, ids: tokenizers.Ids, text: str, end_id: int) -> None:
+        writer = self._writers[split]
+        writer.write(ids, len(text))
+        writer.write([end_id], 0)
+        writer.end_document()
+
+    def finish(self, position: dict[str, Any]) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        manifest: dict[str, Any] = {split: writer.counts for split, writer in self._writers.items()}
+        manifest["dtype"] = self._dtype.str
+        (self._building / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        (self._building / "position.json").write_text(json.dumps(position), encoding="utf-8")
+        try:
+            os.rename(self._building, self._target)
+        except OSError:  # a process that outlived its killed parent was faster; its part is the same
+            if not self._target.exists():
+                raise
+
+
+_news: Queue[int] | None = None  # in a worker: where it reports finished documents
+
+
+def _remember(news: Queue[int]) -> None:
+    global _news
+    _news = news
+
+
+def _in_process(table: Table, shards: int, shard: int, work: Path, dtype: str, threads: int) -> None:
+    assert _news is not None
+    _tokenise(table, shards, shard, work, dtype, threads, _news.put, os.getppid())
+
+
+def _shard(dataset: Any, shards: int, shard: int) -> Any:
+    return dataset.shard(num_shards=shards, index=shard) if shards > 1 else dataset
+
+
+def _rows(dataset: Any, shards: int, shard: int) -> Iterator[dict[str, Any]]:
+    return iter(_shard(dataset, shards, shard))
+
+
+def _shard_folder(work: Path, shard: int) -> Path:
+    return work / f"shard-{shard:05d}"
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*"))
+
+
+def _documents_in(part: Path) -> int:
+    return sum(len(TokenFile(part, split).ends) for split in SPLITS)
+
+
+def _format(file: str) -> str:
+    return next(kind for kind, suffixes in SUFFIXES.items() if file.endswith(suffixes))
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ElaraError("this data source needs an extra: pip install 'elara-hivemind[hub]'") from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    return datasets
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0].strip()[:200]
