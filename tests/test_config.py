@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import pytest
 
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.errors import ElaraError
 
-GROUPS = {"model": ModelConfig, "moe": MoEConfig, "trm": TRMConfig, "tidar": TiDARConfig}
+GROUPS: dict[str, Any] = {"model": ModelConfig, "moe": MoEConfig, "trm": TRMConfig, "tidar": TiDARConfig}
 
 BAD = [
     ("model.n_embd", {"n_embd": 100, "n_head": 8}),
@@ -38,7 +41,7 @@ BAD = [
 
 def build(options):
     groups = {
-        name: group(**{k: v for k, v in options.items() if k in group.__dataclass_fields__})
+        name: group(**{field.name: options[field.name] for field in fields(group) if field.name in options})
         for name, group in GROUPS.items()
     }
     return ElaraConfig(**groups)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from elara.decoding.config import SamplingConfig
-from elara.decoding.generate import generate
+from elara.decoding.generation import generate
 from elara.model import ElaraLM
 
 

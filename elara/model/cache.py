@@ -56,9 +56,10 @@ class KVCache:
             keys[:, :, end - new : end] = k
             values[:, :, end - new : end] = v
         else:
-            for row, start in enumerate(self.lengths):
-                keys[row, :, start : start + new] = k[row]
-                values[row, :, start : start + new] = v[row]
+            rows = torch.arange(self.batch, device=k.device)[:, None]
+            places = torch.tensor(self.lengths, device=k.device)[:, None] + torch.arange(new, device=k.device)
+            keys[rows, :, places] = k.transpose(1, 2).to(keys.dtype)  # (batch, new, n_kv_head, head_dim)
+            values[rows, :, places] = v.transpose(1, 2).to(values.dtype)
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, new: int) -> None:

@@ -80,7 +80,7 @@ def compare(model, reference, tokens, section=None, depth=None):
     assert_near(output.routing.penalty, penalty)
     mask_hidden = None if section is None else expected.mask_hidden
     loss = objective(model, expected.hidden, mask_hidden, penalty)
-    wanted: Any = torch.autograd.grad(loss, list(parameters.values()), allow_unused=section is None)
+    wanted: list[Any] = list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=section is None))
     for name, got, want in zip(parameters, gradients, wanted, strict=True):
         if want is None:
             assert got is None, name

@@ -120,7 +120,8 @@ class _Rows:
     def _advance(self, drafted: Draft, mask_id: int) -> tuple[Draft, Step]:
         """Verify a draft and make the next one, in one forward."""
         held = self.cache.lengths
-        limits = [max(1, min(self.length, self.context - have)) for have in held]
+        rooms = [min(self.context - have, left) for have, left in zip(held, self.left, strict=True)]
+        limits = [max(1, min(self.length, room)) for room in rooms]
         logits, groups = think_and_talk(self.model, drafted.tokens, self.cache, mask_id)
         uniform = self.uniforms.draw(2 * self.length - 1)
         limit = torch.tensor(limits, device=self.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elara.decoding.config import SamplingConfig
-from elara.decoding.generate import generate
+from elara.decoding.generation import generate
 from elara.model import ElaraLM
 
 
