@@ -32,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
         width, wide = x.shape[-1], inverse.dtype
-        product = (grad * x).view(-1, width)
+        product = (grad * x).reshape(-1, width)
         along = (product @ weight.to(x.dtype)).to(wide).view(inverse.shape)  # sum of grad * weight * x
         grad_weight = (inverse.view(1, -1).to(x.dtype) @ product).view(-1).to(weight.dtype)
         pull = along.mul_(inverse.pow(3)).div_(-width).to(x.dtype)
