@@ -25,14 +25,16 @@ data: $(CORE) ## fetch and prepare the training data
 train: $(CORE) ## train Elara: the quick run, minutes on a CPU
 	@$(PY) -m elara.train $(ARGS)
 
+# Hydra reads a quoted value: backslashes before a quote are doubled, quotes and interpolations are escaped.
 sample: $(CORE) ## let the newest trained model go on from PROMPT="ROMEO:"
-	@$(PY) -m elara.sample "prompt='$$(printf '%s' "$$PROMPT" | sed "s/'/\\\\\\\\'/g")'" $(ARGS)
-sample: export PROMPT := $(value PROMPT)
+	@prompt=$$(printf '%s' "$$ELARA_PROMPT" | sed -E -e "s/(\\\\*)('|\$$)/\1\1\2/g" -e "s/'/\\\\'/g" -e 's/\$$\{/\\$${/g'); \
+	$(PY) -m elara.sample "prompt='$$prompt'" $(ARGS)
+sample: export ELARA_PROMPT := $(value PROMPT)
 
 verify: $(CORE) ## count parameters, bytes and memory of a model and check that it trains
 	@$(PY) -m elara.verify $(ARGS)
 
-bench: $(CORE) ## measure the speed ratios that the design promises
+bench: $(CORE) ## measure the promised speed ratios, each beside its reference
 	@$(PY) -m elara.bench $(ARGS)
 
 test: $(DEV) ## the fast tests, with the coverage of model and decoding

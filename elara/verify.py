@@ -17,10 +17,7 @@ from rich.console import Console
 from elara.cli import hydra_main
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.errors import ElaraError
-from elara.size import size_report
-from elara.size.tables import show
 from elara.tokenizer import ROLES, padded_vocab
-from elara.training.smoke import fits, smoke_check
 
 RESERVED = 1 + len(ROLES)  # mask and roles
 VOCABULARY = {  # ids of each tokenizer, as far as they are known before it is built
@@ -46,7 +43,6 @@ class VerifyConfig:
 
 def verify(config: DictConfig) -> None:
     """Print the report; raises ElaraError when the smoke check finds that the model cannot be trained."""
-    console = Console()
     plain: Any = OmegaConf.to_container(config)
     kind, guessed = plain["tokenizer"].get("kind", "char"), plain["model"]["vocab_size"] is None
     if guessed:
@@ -54,12 +50,18 @@ def verify(config: DictConfig) -> None:
             raise ElaraError(f"the size of tokenizer.kind={kind} is not known beforehand: give model.vocab_size=N")
         plain["model"]["vocab_size"] = padded_vocab(VOCABULARY[kind])
     elara = ElaraConfig.from_dict(plain)
+
+    # torch takes a second to import: a typo should not wait for it
+    from elara.size import size_report
+    from elara.size.tables import show
+    from elara.training.smoke import fits, smoke_check
+
     report = size_report(elara)
     choices = HydraConfig.get().runtime.choices
     if not config.json:
         title = " ".join(f"{group}={choices[group]}" for group in ("model", "moe", "trm", "tidar"))
         origin = f" (assumed for tokenizer={kind}; its corpus decides)" if guessed and kind == "char" else ""
-        show(report, elara, f"{title}  vocabulary {elara.vocab_size}{origin}", console)
+        show(report, elara, f"{title}  vocabulary {elara.vocab_size}{origin}", Console())
     run_smoke = fits(report["total"]) if config.smoke is None else config.smoke
     smoke = smoke_check(elara) if run_smoke else None
     if config.json:

@@ -2,11 +2,12 @@
 
 from elara.size.activations import Activations, activation_bytes
 from elara.size.files import FORMATS, file_bytes
-from elara.size.parameters import Part, adamw_bytes, count_parameters, kv_cache_bytes
+from elara.size.parameters import PARTS, Part, adamw_bytes, count_parameters, kv_cache_bytes
 from elara.size.report import size_report
 
 __all__ = [
     "FORMATS",
+    "PARTS",
     "Activations",
     "Part",
     "activation_bytes",

@@ -31,7 +31,7 @@ def activation_bytes(config: ElaraConfig) -> Activations:
     """Estimated bytes per sequence of context_length tokens, with the mask section that the configuration asks for.
 
     Measured, not written down: small relatives of the model run forward with their saved tensors counted. What they
-    save is linear in the width, in the number of blocks of each kind and, but for a percent, in the tokens.
+    save is linear in the width, in the number of blocks of each kind and, but for a few percent, in the tokens.
     """
     short = min(config.model.context_length, max(MEASURED_LENGTH, 8 * config.tidar.block_length))
     tokens = config.model.context_length + _section_length(config, config.model.context_length)

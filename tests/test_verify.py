@@ -1,0 +1,85 @@
+"""`python -m elara.verify` as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def verify(*overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "elara.verify", *overrides]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def counted(*overrides: str) -> dict:
+    done = verify("json=true", *overrides)
+    assert (done.returncode, done.stderr) == (0, "")
+    report: dict = json.loads(done.stdout)
+    return report
+
+
+def test_the_seed_size_has_the_numbers_of_the_design() -> None:
+    report = counted("model=elara_2p8b", "smoke=false")
+    assert round(report["total"] / 1e9, 3) == 2.855
+    assert round(report["without_diffusion_head"] / 1e9, 3) == 2.791
+    assert round(report["active"] / 1e9, 3) == 1.281
+    assert report["effective_layers"] == 64
+    assert report["adamw_bytes"] == 16 * report["total"]
+    assert report["kv_cache_bytes_per_token"]["bf16"] == 2 * 64 * 1280 * 2
+    q4 = report["file_bytes"]["Q4_K_M"]
+    assert q4["one_copy"] == pytest.approx(1.8e9, rel=0.05)
+    assert q4["unrolled"] == pytest.approx(3.6e9, rel=0.05)
+
+
+def test_smoke_check_runs_for_a_size_that_fits() -> None:
+    smoke = counted()["smoke"]
+    assert smoke["ar"] == pytest.approx(smoke["expected"], rel=0.05)
+    assert smoke["diffusion"] == pytest.approx(smoke["expected"], rel=0.05)
+    assert smoke["without_gradient"] == []
+
+
+def test_tables_are_plain_when_piped() -> None:
+    done = verify("model=elara_2p8b", "smoke=false")
+    assert done.stdout.isascii()
+    assert "\x1b" not in done.stdout
+    assert all(line == line.rstrip() for line in done.stdout.splitlines())
+    rows = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines() if line}
+    assert rows["all"][1:] == ["2,855,328,000", "1,280,989,440", "100.0%"]
+    assert rows["without diffusion head"][3:] == ["2,790,938,880", "1,280,989,440", "97.7%"]
+    assert "smoke check: not run (switched off)" in done.stdout
+
+
+def test_a_model_that_cannot_train_fails_with_one_line() -> None:
+    done = verify("model.init_std=0.5")
+    assert done.returncode == 1
+    assert "smoke check: failed" in done.stdout
+    assert done.stderr.startswith("error: the initial AR loss")
+    assert done.stderr.count("\n") == 1
+
+
+def test_unknown_vocabulary_is_asked_for() -> None:
+    done = verify("tokenizer=huggingface")
+    assert done.returncode == 1
+    assert "give model.vocab_size=N" in done.stderr
+
+
+@pytest.mark.slow
+def test_large_model_takes_about_a_second_of_work() -> None:
+    """Beside starting Python and importing torch; the best of several, for other work may run on the machine."""
+
+    def best(*command: str) -> float:
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    assert best("-m", "elara.verify", "model=elara_2p8b") - best("-c", "import torch") < 1.5
