@@ -87,7 +87,7 @@ def _build(source: Source, tokenizer: Tokenizer, recipe: dict[str, Any], folder:
         counts = source.write(building, tokenizer, dtype, work)
         for split in SPLITS:
             if counts[split]["tokens"] < 2:
-                raise ElaraError(f"the {split} part of this corpus is empty: give more text or change data.val_fraction")
+                raise ElaraError(f"the {split} part of this corpus is empty: give more text or set data.val_fraction")
         tokenizer.save(building / "tokenizer")
         described = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
         manifest: dict[str, Any] = {**recipe, "tokenizer": described, "dtype": dtype.str}

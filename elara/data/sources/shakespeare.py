@@ -115,4 +115,4 @@ def _tidy(line: str) -> str:
     text = " ".join(line.translate(_TYPOGRAPHY).split())
     text = re.sub(r" ?-- ?(?=\S)", "--", text)
     text = re.sub(r",(?: ?\.)+ ?", ", ", text)  # the leader dots of a bill
-    return re.sub(r"^\.\.\. ?| \.\.\.$", "", text)  # marks of a verse that two speakers share
+    return re.sub(r"^ ?\.\.\. ?| \.\.\.$", "", text).strip()  # marks of a verse that two speakers share

@@ -66,7 +66,7 @@ class Table:
         self._check_reachable()
         shards = self.count_shards()
         for shard in range(shards):
-            for row in islice(_rows(self.open(), shards, shard), self.limit(shards, shard)):
+            for row in islice(self.rows(_shard(self.open(), shards, shard)), self.limit(shards, shard)):
                 yield self.text_of(row)
 
     def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
@@ -97,8 +97,20 @@ class Table:
                 data.dataset, data.subset, split=data.split, revision=data.revision, streaming=True
             )
         except Exception as error:  # the library raises many kinds, all of them about this dataset
-            name = data.path or data.dataset
-            raise ElaraError(f"cannot open the dataset {name}: {_first_line(error)}") from error
+            raise ElaraError(f"cannot open the dataset {self.name}: {_brief(error)}") from error
+
+    def rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        """The rows of a streamed dataset; ElaraError when reading fails."""
+        try:
+            yield from dataset
+        except Exception as error:
+            reason = _brief(error)
+            raise ElaraError(f"reading {self.name} failed ({reason}); what is finished is kept, run again") from error
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return str(self.data.path or self.data.dataset)
 
     def count_shards(self) -> int:
         """Files of the dataset."""
@@ -161,15 +173,14 @@ class Table:
         from huggingface_hub.errors import HfHubHTTPError
 
         advice = "or give data.path=<local parquet files>"
-        name = self.data.dataset
         try:
-            HfApi().dataset_info(str(name), revision=self.data.revision, timeout=HUB_TIMEOUT)
+            HfApi().dataset_info(self.name, revision=self.data.revision, timeout=HUB_TIMEOUT)
         except HfHubHTTPError as error:
-            reason = _first_line(error)
-            raise ElaraError(f"the hub refuses dataset {name} ({reason}): check data.dataset, {advice}") from error
+            reason = _brief(error)
+            raise ElaraError(f"the hub refuses dataset {self.name} ({reason}): check data.dataset, {advice}") from error
         except Exception as error:
-            reason = type(error).__name__
-            raise ElaraError(f"the hub cannot be reached for {name} ({reason}): check the network, {advice}") from error
+            reason = f"{type(error).__name__} for {self.name}"
+            raise ElaraError(f"the hub cannot be reached ({reason}): check the network, {advice}") from error
 
 
 def open_table(data: DataConfig, root: Path) -> Table:
@@ -212,14 +223,13 @@ def _tokenise(
         index = position["index"]
         dataset.load_state_dict(position["stream"])
     limit = table.limit(shards, shard)
-    rows = iter(dataset)
-    finished = False
+    rows, number, finished = table.rows(dataset), len(parts), False
     with ThreadPoolExecutor(threads) as pool:
         while not finished:
-            with _Part(folder, len(parts), np.dtype(dtype)) as part:
+            with _Part(folder, number, np.dtype(dtype)) as part:
                 while part.tokens < PART_TOKENS and not finished:
                     if parent is not None and os.getppid() != parent:
-                        raise SystemExit("the preparing process is gone")
+                        os._exit(1)  # the preparing process was killed; raising would leave this one waiting for work
                     room = BATCH if limit is None else min(BATCH, limit - index)
                     texts = [table.text_of(row) for row in islice(rows, room)]
                     for text, ids in zip(texts, pool.map(tokenizer.encode_array, texts), strict=True):
@@ -229,7 +239,7 @@ def _tokenise(
                     finished = len(texts) < BATCH
                     advance(len(texts))
                 part.finish({"index": index, "stream": dataset.state_dict()})
-                parts.append(folder)
+            number += 1
     (folder / "done").touch()
 
 
@@ -291,10 +301,6 @@ def _shard(dataset: Any, shards: int, shard: int) -> Any:
     return dataset.shard(num_shards=shards, index=shard) if shards > 1 else dataset
 
 
-def _rows(dataset: Any, shards: int, shard: int) -> Iterator[dict[str, Any]]:
-    return iter(_shard(dataset, shards, shard))
-
-
 def _shard_folder(work: Path, shard: int) -> Path:
     return work / f"shard-{shard:05d}"
 
@@ -317,10 +323,9 @@ def _datasets() -> Any:
     except ImportError as error:
         raise ElaraError("this data source needs an extra: pip install 'elara-hivemind[hub]'") from error
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is raised as well
     return datasets
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0].strip()[:200]
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

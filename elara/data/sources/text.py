@@ -103,7 +103,7 @@ def train_characters(characters: int, val_fraction: float) -> int:
     return int(characters * (1 - val_fraction))
 
 
-def _characters(file: Path, size: int = PIECE) -> Iterator[str]:
+def _characters(file: Path) -> Iterator[str]:
     """The file's text in blocks, line ends as "\\n", without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     held = ""  # a "\r" at a block's end may be half of "\r\n"
@@ -111,7 +111,7 @@ def _characters(file: Path, size: int = PIECE) -> Iterator[str]:
     try:
         with file.open("rb") as stream:
             while True:
-                block = stream.read(size)
+                block = stream.read(PIECE)
                 text = held + decoder.decode(block, final=not block)
                 held = "\r" if block and text.endswith("\r") else ""
                 text = text.removesuffix("\r") if held else text

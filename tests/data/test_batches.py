@@ -1,0 +1,162 @@
+"""Which tokens make which batch: purity, no replacement, ranks, documents."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elara.data.batches import PADDING, Batches, Order, ValidationBatches, document_windows, permutation
+from elara.errors import ElaraError
+
+
+def epoch(batches, number=0):
+    steps = len(batches)
+    return torch.stack([batches[number * steps + step] for step in range(steps)])
+
+
+def test_a_batch_is_consecutive_tokens_of_the_stream(token_file):
+    batch = Batches(token_file(1000), batch_size=4, seq=16, seed=1)[0]
+    assert batch.shape == (4, 17)
+    assert batch.dtype == torch.int64
+    assert (batch.diff(dim=1) == 1).all()
+
+
+def test_an_epoch_visits_every_window_once(token_file):
+    batches = Batches(token_file(1000), batch_size=3, seq=16, seed=1)
+    for number in range(4):
+        rows = epoch(batches, number).flatten(0, 1)
+        starts = rows[:, 0]
+        assert len(set(starts.tolist())) == len(starts) == len(batches) * 3
+        assert len({int(start) % 16 for start in starts}) == 1  # one grid of windows, so none overlap
+        assert batches.windows - len(starts) < 3  # only the incomplete last batch is missing
+
+
+def test_epochs_differ_in_order_and_offset(token_file):
+    batches = Batches(token_file(5000), batch_size=4, seq=32, seed=1)
+    first = [epoch(batches, number) for number in range(8)]
+    assert len({int(rows[0, 0, 0]) % 32 for rows in first}) > 4
+    assert not torch.equal(first[0], first[1])
+
+
+def test_items_depend_on_nothing_but_seed_epoch_and_step(token_file):
+    tokens = token_file(3000)
+    ordered = [Batches(tokens, 4, 16, seed=7)[i] for i in range(3 * 46)]  # a fresh object for every item
+    used = Batches(tokens, 4, 16, seed=7)
+    for position in np.random.default_rng(0).permutation(len(ordered)):
+        assert torch.equal(used[int(position)], ordered[position])
+    other = Batches(tokens, 4, 16, seed=8)
+    assert any(not torch.equal(other[i], ordered[i]) for i in range(3))
+
+
+def test_the_order_is_fixed_for_all_versions(token_file):
+    # a run resumed after an update must go on in the same order
+    assert permutation(10, seed=1, epoch=0).tolist() == [3, 1, 9, 6, 2, 4, 7, 8, 0, 5]
+    assert Batches(token_file(1000), 4, 16, seed=1)[5][:, 0].tolist() == [867, 227, 579, 147]
+
+
+@given(st.integers(0, 300), st.integers(-5, 2**70), st.integers(0, 9))
+def test_permutation_is_one(n, seed, number):
+    assert sorted(permutation(n, seed, number).tolist()) == list(range(n))
+
+
+def test_permutation_looks_random():
+    order = permutation(10000, 1, 0)
+    assert abs(np.corrcoef(order, np.arange(10000))[0, 1]) < 0.03
+    assert np.bincount(order[:1000] // 1000, minlength=10).std() < 20  # drawn from everywhere
+
+
+def test_ranks_share_the_single_process_order(token_file):
+    tokens = token_file(4000)
+    single = Batches(tokens, 2, 16, seed=3)
+    ranks = [Batches(tokens, 2, 16, seed=3, rank=rank, world=3) for rank in range(3)]
+    assert len(ranks[0]) == len(single) // 3
+    for step in range(len(ranks[0])):
+        for rank in range(3):
+            assert torch.equal(ranks[rank][step], single[step * 3 + rank])
+
+
+def test_pickled_batches_read_the_same(token_file):
+    batches = Batches(token_file(1000), 4, 16, seed=1)
+    _ = batches[0]
+    data = pickle.dumps(batches)
+    assert len(data) < 2000  # the tokens and the order stay behind
+    assert torch.equal(pickle.loads(data)[17], batches[17])
+
+
+def test_too_small_a_corpus_is_refused_with_the_keys_to_change(token_file):
+    with pytest.raises(ElaraError, match=r"data.batch_size or data.seq"):
+        Batches(token_file(100), batch_size=8, seq=16, seed=1)
+    with pytest.raises(ElaraError):
+        Batches(token_file(10), batch_size=1, seq=16, seed=1)
+
+
+def test_order_starts_anywhere_and_goes_on_without_end():
+    positions = iter(Order(5))
+    assert [next(positions) for _ in range(3)] == [5, 6, 7]
+
+
+def check_documents(rows, lengths):
+    """Each document's targets come exactly once, and no window crosses a document."""
+    ends = np.cumsum(lengths)
+    targets = []
+    for row in rows.tolist():
+        real = [token for token in row if token != PADDING]
+        assert row == real + [PADDING] * (len(row) - len(real))
+        assert len(real) >= 2
+        assert len(set(np.searchsorted(ends, real, side="right"))) == 1
+        targets += real[1:]
+    firsts = {0, *ends[:-1].tolist()}
+    assert sorted(targets) == [token for token in range(ends[-1]) if token not in firsts]
+
+
+@pytest.mark.parametrize("lengths", [(100,), (1, 5, 17, 33, 1, 16, 2, 64), (2, 2, 2), (40, 1)])
+def test_validation_covers_every_document_within_its_bounds(token_file, lengths):
+    batches = ValidationBatches(token_file(*lengths), batch_size=3, seq=16)
+    rows = torch.cat([batches[i] for i in range(len(batches))])
+    check_documents(rows, lengths)
+    with pytest.raises(IndexError):
+        batches[len(batches)]
+
+
+def test_training_can_keep_within_documents(token_file):
+    lengths = (50, 3, 17, 100, 1, 33)
+    batches = Batches(token_file(*lengths), 1, 16, seed=1, cross_documents=False)
+    check_documents(epoch(batches).flatten(0, 1), lengths)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 20))
+def test_document_windows_against_a_loop(lengths, seq):
+    ends = np.cumsum(lengths)
+    expected = []
+    for end, length in zip(ends, lengths, strict=True):
+        inside = range(int(end - length), int(end) - 1, seq)
+        expected += [(start, min(seq + 1, int(end) - start)) for start in inside]
+    starts, counts = document_windows(ends, seq)
+    assert list(zip(starts.tolist(), counts.tolist(), strict=True)) == expected
+
+
+def test_limited_validation_is_spread_evenly(token_file):
+    tokens = token_file(16 * 1000 + 1)
+    limited = ValidationBatches(tokens, batch_size=4, seq=16, limit=5)
+    assert len(limited) == 5
+    starts = torch.cat([limited[i] for i in range(5)])[:, 0]
+    assert (starts.diff() == 16 * 50).all()
+    assert len(ValidationBatches(tokens, 4, 16, limit=10**6)) == 250
+
+
+@pytest.mark.parametrize("windows", [7, 8, 9, 12])
+def test_validation_ranks_have_equally_many_batches(token_file, windows):
+    tokens = token_file(16 * windows + 1)
+    ranks = [ValidationBatches(tokens, 2, 16, rank=rank, world=3) for rank in range(3)]
+    assert len({len(rank) for rank in ranks}) == 1
+    rows = torch.cat([rank[i] for rank in ranks for i in range(len(rank))])
+    assert len(set(rows[:, 0].tolist())) == len(rows) == windows - windows % 3
+
+
+def test_uint32_tokens(token_file):
+    tokens = token_file(70000, dtype="<u4")
+    batches = Batches(tokens, 2, 64, seed=1)
+    assert int(epoch(batches).max()) > 1 << 16
