@@ -31,22 +31,26 @@ def activation_bytes(config: ElaraConfig) -> Activations:
     """Estimated bytes per sequence of context_length tokens, with the mask section that the configuration asks for.
 
     Measured, not written down: small relatives of the model run forward with their saved tensors counted. What they
-    save is linear in the width, in the number of blocks of each kind and, but for a few percent, in the tokens.
+    save is linear in the width and in the number of blocks of each kind. Only attention grows faster than the tokens:
+    it is measured at full length, the rest on a short sequence.
     """
-    short = min(config.model.context_length, max(MEASURED_LENGTH, 8 * config.tidar.block_length))
-    tokens = config.model.context_length + _section_length(config, config.model.context_length)
+    m, moe = config.model, len(config.moe_layers)
+    short = min(m.context_length, max(MEASURED_LENGTH, 8 * config.tidar.block_length))
+    tokens = m.context_length + _section_length(config, m.context_length)
     growth = tokens / (short + _section_length(config, short))
-    dense, moe = replace(config, moe=replace(config.moe, num_experts=0)), config.moe_layers
-    one, two = (_at_full_width(dense, blocks, short) * growth for blocks in (1, 2))
-    block = {"dense": two - one}
-    outside = one - block["dense"]
+    dense = replace(config, moe=replace(config.moe, num_experts=0))
+    one, two = (_at_full_width(dense, blocks, short) for blocks in (1, 2))
+    outside = (one - (two - one)) * growth
+    dense_block = _at_full_width(dense, 1, m.context_length) - outside
+    moe_block = 0.0
     if moe:
-        block["moe"] = _at_full_width(replace(config, moe=replace(config.moe, every=1)), 1, short) * growth - outside
-    inside = (config.model.n_layer - len(moe)) * block["dense"] + len(moe) * block.get("moe", 0)
-    passes = config.trm.depth if config.trm.order == "stack" else 1  # visits to a block, each with an input to keep
-    inputs = config.model.n_layer * passes * tokens * config.model.n_embd * 4
-    largest = max(block[kind] for kind in block if kind == "moe" or len(moe) < config.model.n_layer)
-    return Activations(round(outside + inside), round(outside + inputs), round(largest / passes))
+        all_moe = replace(config, moe=replace(config.moe, every=1))
+        moe_block = dense_block + (_at_full_width(all_moe, 1, short) - one) * growth
+    inside = (m.n_layer - moe) * dense_block + moe * moe_block
+    visits = config.trm.depth if config.trm.order == "stack" else 1  # to a block, each with an input to keep
+    inputs = m.n_layer * visits * tokens * m.n_embd * 4
+    largest = max(moe_block, dense_block if moe < m.n_layer else 0)
+    return Activations(round(outside + inside), round(outside + inputs), round(largest / visits))
 
 
 def _at_full_width(config: ElaraConfig, blocks: int, tokens: int) -> int:
