@@ -50,7 +50,7 @@ class Block(nn.Module):
             normed = self.mlp_norm(x)
             if isinstance(self.mlp, MoE):
                 assert weights is not None
-                y, choice = self.mlp(normed, view.seq, weights)
+                y, choice = self.mlp(normed, weights)
                 choices.append(choice)
             else:
                 y = self.mlp(normed)
@@ -112,7 +112,9 @@ class ElaraLM(nn.Module):
             cache.advance(seq)
         x = self.norm(x)
         mask_hidden = x[:, seq:] if section is not None else None
-        return Output(x[:, :seq], mask_hidden, self._stats(choices, depth, x))
+        penalty = sum((choice.penalty for choice in choices), start=x.new_zeros(()))
+        routing = RoutingStats(choices, penalty, batch, seq, self.config.moe.num_experts, depth)
+        return Output(x[:, :seq], mask_hidden, routing)
 
     def ar_head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token, (..., vocab), from the embedding's weight."""
@@ -167,10 +169,3 @@ class ElaraLM(nn.Module):
             if choices:
                 found[i] += choices
         return x, [choice for i in found for choice in found[i]]
-
-    def _stats(self, choices: list[Choice], depth: int, x: Tensor) -> RoutingStats:
-        if not choices:
-            return RoutingStats(x.new_zeros(0, depth, 2, 0), x.new_zeros(()))
-        load = torch.stack([choice.load for choice in choices])
-        penalty = torch.stack([choice.penalty for choice in choices]).sum()
-        return RoutingStats(load.view(-1, depth, *load.shape[1:]), penalty)

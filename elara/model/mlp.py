@@ -31,6 +31,9 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of a last axis that holds gate, then up: (..., 2 * hidden) -> (..., hidden)."""
+    if not torch.is_grad_enabled():
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
     out: Tensor = _SwiGLU.apply(gate_up)
     return out
 

@@ -7,6 +7,7 @@ no gradient touches decides who is chosen, the unbiased scores decide how much e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,25 +25,43 @@ ROW_MULTIPLE = 32  # oneDNN compiles a bf16 matmul per row count: padded counts 
 
 
 @dataclass
-class RoutingStats:
-    """What the routers of one forward pass did. Empty for a model without experts.
+class Choice:
+    """What one router chose. experts, gates: (tokens, top_k); penalty: scalar, its weighted auxiliary losses."""
 
-    load: float (moe layers, passes, sections, experts), tokens sent to each expert.
-    penalty: scalar, the weighted auxiliary losses (0 when none is switched on).
-    """
-
-    load: Tensor
+    experts: Tensor
+    gates: Tensor
     penalty: Tensor
 
 
 @dataclass
-class Choice:
-    """experts and gates: (tokens, top_k); load: (sections, experts); penalty: scalar."""
+class RoutingStats:
+    """What the routers of one forward pass did.
 
-    experts: Tensor
-    gates: Tensor
-    load: Tensor
+    choices: of every MoE layer and recursion pass, passes innermost; empty for a model without experts.
+    rows, seq: batch rows and clean tokens of each. experts, passes: how many there are.
+    penalty: scalar, the sum of the weighted auxiliary losses; 0 when none is switched on.
+    """
+
+    choices: list[Choice]
     penalty: Tensor
+    rows: int
+    seq: int
+    experts: int
+    passes: int
+
+    @cached_property
+    def load(self) -> Tensor:
+        """Tokens sent to each expert, float (moe layers, passes, sections, experts); counted when first asked for."""
+        if not self.choices:
+            return torch.zeros(0, self.passes, 2, 0)
+        chosen = torch.stack([choice.experts for choice in self.choices])  # (layers * passes, tokens, top_k)
+        layers = len(chosen)
+        place = chosen.view(layers, self.rows, -1, chosen.shape[-1]).clone()
+        place[:, :, self.seq :] += self.experts
+        place += torch.arange(layers, device=place.device).view(-1, 1, 1, 1) * 2 * self.experts
+        load = torch.zeros(layers * 2 * self.experts, device=place.device)
+        load.scatter_add_(0, place.flatten(), load.new_ones(()).expand(place.numel()))
+        return load.view(-1, self.passes, 2, self.experts)
 
 
 class Router(nn.Module):
@@ -56,21 +75,17 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.model.n_embd))
         self.register_buffer("selection_bias", torch.zeros(config.moe.num_experts))
 
-    def forward(self, x: Tensor, seq: int) -> Choice:
-        """x: (batch, seq + section, n_embd); the first `seq` tokens of each row are clean."""
-        experts, top_k = self.moe.num_experts, self.moe.top_k
+    def forward(self, x: Tensor) -> Choice:
+        """x: (batch, tokens, n_embd). The gates of each token sum to `moe.gate_scale`."""
+        top_k = self.moe.top_k
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.weight.dtype), self.weight)  # (batch, total, experts)
         scores = logits.sigmoid()
         chosen = (scores.detach() + self.selection_bias).topk(top_k, dim=-1).indices
         gates = scores.gather(-1, chosen)
         gates = gates / gates.sum(-1, keepdim=True) * self.moe.gate_scale
-        load = torch.zeros(2 * experts, device=x.device)
-        slot = chosen.clone()
-        slot[:, seq:] += experts
-        load.scatter_add_(0, slot.flatten(), load.new_ones(slot.numel()))
         penalty = self._penalty(logits, scores, chosen)
-        return Choice(chosen.view(-1, top_k), gates.view(-1, top_k), load.view(2, experts), penalty)
+        return Choice(chosen.view(-1, top_k), gates.view(-1, top_k), penalty)
 
     def _penalty(self, logits: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
         total = scores.new_zeros(())
@@ -105,11 +120,13 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, choice: Choice, weights: Weights) -> Tensor:
         """x: (tokens, n_embd) -> (tokens, n_embd): the gate-weighted sum over each token's experts."""
-        count, top_k = len(weights[0]), choice.experts.shape[1]
         x = x.to(weights[0].dtype)
+        if len(x) == 1 and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return _one_token(x, choice, weights)
+        count, top_k = len(weights[0]), choice.experts.shape[1]
         flat = choice.experts.flatten()  # (tokens * top_k)
         order = flat.argsort(stable=True)
-        rows = choice.load.sum(0).long()  # (experts)
+        rows = flat.new_zeros(count).scatter_add_(0, flat, torch.ones_like(flat))  # per expert
         grouped = x.is_cuda and x.dtype == torch.bfloat16
         padded = rows
         if not grouped and x.dtype == torch.bfloat16:
@@ -124,21 +141,27 @@ class Experts(nn.Module):
         if grouped:
             ys = _grouped(xs, weights, ends.to(torch.int32))
         else:
-            ys = _by_expert(xs, weights, sizes, count)
+            ys = _by_expert(xs, weights, sizes)
         picked = _Collect.apply(ys, slot).view(-1, top_k, ys.shape[1])
         return (picked * choice.gates.to(ys.dtype).unsqueeze(-1)).sum(1)
 
 
-def _by_expert(xs: Tensor, weights: Weights, sizes: list[int], count: int) -> Tensor:
+def _one_token(x: Tensor, choice: Choice, weights: Weights) -> Tensor:
+    """What a decoding step needs: no sorting, only the chosen experts' weights are touched."""
+    chosen, gates = choice.experts[0].tolist(), choice.gates[0].tolist()
+    parts = [F.linear(swiglu(F.linear(x, weights[0][e])) * g, weights[1][e]) for e, g in zip(chosen, gates, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def _by_expert(xs: Tensor, weights: Weights, sizes: list[int]) -> Tensor:
     # unbind has one backward for the stack; W[e] would make a full-size zero gradient for every expert
     gate_up, down = weights[0].unbind(0), weights[1].unbind(0)
-    skip_idle = not torch.is_grad_enabled()
     parts = [
         F.linear(swiglu(F.linear(part, gate_up[e])), down[e])
         for e, part in enumerate(xs.split(sizes))
-        if sizes[e] or not (skip_idle or count > 64)
+        if sizes[e] or torch.is_grad_enabled()  # an idle expert still gets its zero gradient
     ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    return torch.cat(parts)
 
 
 def _grouped(xs: Tensor, weights: Weights, ends: Tensor) -> Tensor:
@@ -187,9 +210,9 @@ class MoE(nn.Module):
         self.experts = Experts(n_embd, hidden, config.moe.num_experts)
         self.shared = MLP(n_embd, hidden * config.moe.num_shared) if config.moe.num_shared else None
 
-    def forward(self, x: Tensor, seq: int, weights: Weights) -> tuple[Tensor, Choice]:
-        """x: (batch, seq + section, n_embd). Returns the layer's output and what the router chose."""
-        choice = self.router(x, seq)
+    def forward(self, x: Tensor, weights: Weights) -> tuple[Tensor, Choice]:
+        """x: (batch, tokens, n_embd). Returns the layer's output and what the router chose."""
+        choice = self.router(x)
         y = self.experts(x.flatten(0, 1), choice, weights).view(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)

@@ -13,7 +13,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; under autocast the result has autocast's dtype."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if x.is_cuda:
+    if x.is_cuda or not torch.is_grad_enabled():
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(dtype)
     return _RMSNorm.apply(x, weight, eps, dtype)
 

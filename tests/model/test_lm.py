@@ -56,7 +56,7 @@ def compare(model, reference, tokens, section=None, depth=None):
     parameters = dict(model.named_parameters())
     output = model(tokens, section=section, depth=depth)
     loss = objective(model, output.hidden, output.mask_hidden, output.routing.penalty)
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=section is None)
+    gradients: list[Any] = list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=section is None))
 
     starts = None if section is None else section.starts.expand(len(tokens), -1).tolist()
     expected = reference.forward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elara.model import CLEAN, MASK
+from elara.model import CLEAN, MASK, RoutingStats
 from elara.model.moe import MoE, Router
 
 
@@ -19,7 +19,7 @@ def router(make_config):
 
 def test_gates_are_the_chosen_scores_renormalised(router):
     x = torch.randn(2, 7, 16)
-    choice = router(x, 7)
+    choice = router(x)
     scores = (x @ router.weight.T).sigmoid().flatten(0, 1)
     picked = scores.gather(1, choice.experts)
     torch.testing.assert_close(choice.gates, 1.5 * picked / picked.sum(1, keepdim=True))
@@ -30,19 +30,19 @@ def test_gates_are_the_chosen_scores_renormalised(router):
 def test_the_selection_bias_changes_the_choice_and_no_gate_value(router):
     x = torch.randn(1, 50, 16)
     router.selection_bias[3] = 10.0
-    choice = router(x, 50)
+    choice = router(x)
     assert (choice.experts == 3).any(1).all()
     scores = (x @ router.weight.T).sigmoid()[0].gather(1, choice.experts)
     torch.testing.assert_close(choice.gates, 1.5 * scores / scores.sum(1, keepdim=True))
     router.selection_bias[3] = -10.0
-    assert not (router(x, 50).experts == 3).any()
+    assert not (router(x).experts == 3).any()
 
 
 def test_a_bias_shared_by_all_experts_changes_nothing(router):
     x = torch.randn(1, 50, 16)
-    before = router(x, 50)
+    before = router(x)
     router.selection_bias += 0.3
-    assert torch.equal(router(x, 50).experts, before.experts)
+    assert torch.equal(router(x).experts, before.experts)
 
 
 def test_the_bias_is_saved_and_not_trained(router):
@@ -52,19 +52,24 @@ def test_the_bias_is_saved_and_not_trained(router):
 
 def test_the_router_stays_in_float32_under_autocast(router):
     x = torch.randn(1, 40, 16)
-    wanted = router(x, 40)
+    wanted = router(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = router(x, 40)
+        got = router(x)
     assert got.gates.dtype == torch.float32
     assert torch.equal(got.experts, wanted.experts)
     assert torch.equal(got.gates, wanted.gates)
 
 
 def test_loads_are_counted_by_section(router):
-    choice = router(torch.randn(3, 10, 16), 6)
+    x = torch.randn(3, 10, 16)
+    choice = router(x)
     experts = choice.experts.view(3, 10, 2)
-    assert torch.equal(choice.load[CLEAN], torch.bincount(experts[:, :6].flatten(), minlength=8).float())
-    assert torch.equal(choice.load[MASK], torch.bincount(experts[:, 6:].flatten(), minlength=8).float())
+    load = RoutingStats([choice, router(-x)], choice.penalty, rows=3, seq=6, experts=8, passes=2).load
+    assert load.shape == (1, 2, 2, 8)
+    assert torch.equal(load[0, 0, CLEAN], torch.bincount(experts[:, :6].flatten(), minlength=8).float())
+    assert torch.equal(load[0, 0, MASK], torch.bincount(experts[:, 6:].flatten(), minlength=8).float())
+    assert not torch.equal(load[0, 1], load[0, 0])
+    assert load.sum() == 2 * 3 * 10 * 2
 
 
 @pytest.mark.parametrize("count", [1, 3, 33])
@@ -78,7 +83,7 @@ def test_row_padding_in_bfloat16_changes_nothing(make_config, count):
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            y, _ = moe(x, count, moe.experts.weights("cpu"))
+            y, _ = moe(x, moe.experts.weights("cpu"))
         gradients = torch.autograd.grad((y.float() ** 2).sum(), list(moe.parameters()))
         results.append([y.detach().float(), *gradients])
     for exact, rounded in zip(*results, strict=True):
