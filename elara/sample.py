@@ -36,17 +36,14 @@ def sample(config: DictConfig) -> None:
         raise ElaraError(f"dtype={wanted.dtype} must be one of: {', '.join(DTYPES)}")
     folder, device = find_checkpoint(wanted.checkpoint), _device(wanted.device)
     loaded = checkpoint.load(folder, device=device, dtype=DTYPES[wanted.dtype])
-    print(wanted.prompt, end="", flush=True)
-    done = complete(
-        loaded.model,
-        loaded.tokenizer,
-        wanted.prompt,
-        wanted,
-        depth=wanted.depth,
-        on_text=lambda text: print(text, end="", flush=True),
-    )
+    prompt = iter([wanted.prompt])  # shown with the first text, so that a prompt that is refused is not
+
+    def show(text: str) -> None:
+        print(next(prompt, "") + text, end="", flush=True)
+
+    done = complete(loaded.model, loaded.tokenizer, wanted.prompt, wanted, depth=wanted.depth, on_text=show)
     print(
-        f"\n\n[{done.tokens} tokens, {done.tokens_per_second:.1f} tokens/s, "
+        f"{next(prompt, '')}\n\n[{done.tokens} tokens, {done.tokens_per_second:.1f} tokens/s, "
         f"{done.tokens_per_forward:.2f} tokens per forward, mode {wanted.mode}]"
     )
 

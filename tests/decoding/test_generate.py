@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elara.decoding import SamplingConfig, generate
+from elara.decoding.tidar import Draft, verify
 from elara.errors import ElaraError
 
 MASK_ID = 10
@@ -44,8 +45,7 @@ def test_greedy_ar_equals_the_loop_without_a_cache(make_model, write, options, d
 
 
 @pytest.mark.parametrize("options", MODELS)
-@pytest.mark.parametrize("depth", [None, 1, 3])
-@pytest.mark.parametrize("draft_length", [None, 2, 7])
+@pytest.mark.parametrize(("depth", "draft_length"), [(None, None), (1, None), (3, None), (None, 2), (3, 7)])
 def test_greedy_tidar_equals_greedy_ar(make_model, write, options, depth, draft_length):
     """Past the context too: 45 tokens slide the window of 24 several times, at other steps in every row."""
     model = make_model(**options)
@@ -57,6 +57,38 @@ def test_greedy_tidar_equals_greedy_ar(make_model, write, options, depth, draft_
     accepted = sum(sum(step.accepted) for step in steps)
     offered = sum(sum(step.drafted) for step in steps)
     assert 0 < accepted < offered  # both verdicts took part
+
+
+@pytest.mark.parametrize("right", [1.0, 0.8])
+def test_windows_slide_alike_when_drafts_stand(make_model, write, monkeypatch, right):
+    """Drafts by an oracle that knows the greedy text: long leaps must stop at the window's end as AR does."""
+    model = make_model()
+    whole = [prompt + slow_greedy(model, prompt, 80) for prompt in PROMPTS]
+    assert all(len(set(text[-40:])) > 1 for text in whole)
+    ends = [len(prompt) for prompt in PROMPTS]  # where the first token of each row's next draft stands
+    generator = torch.Generator().manual_seed(0)
+
+    def follow(*args):
+        accepted, behind = verify(*args)
+        for row, count in enumerate(accepted.tolist()):
+            ends[row] += count
+        return accepted, behind
+
+    def oracle(model, first, mask_hidden, sampling, uniform, allowed):
+        tokens = torch.zeros(len(first), uniform.shape[1] + 1, dtype=torch.long)
+        for row, (text, end) in enumerate(zip(whole, ends, strict=True)):
+            known = (text[end : end + tokens.shape[1]] + [0] * 9)[: tokens.shape[1]]
+            tokens[row] = torch.tensor(known)
+        wrong = torch.rand(tokens.shape, generator=generator) >= right
+        wrong[:, 0] = False
+        tokens = torch.where(wrong, (tokens + 1) % 10, tokens)
+        return Draft(tokens, torch.nn.functional.one_hot(tokens[:, 1:], 11).double())
+
+    monkeypatch.setattr("elara.decoding.generation.draft", oracle)
+    monkeypatch.setattr("elara.decoding.generation.verify", follow)
+    texts, steps = write(model, PROMPTS, greedy(70), mode="tidar", mask_id=MASK_ID)
+    assert texts == [text[len(prompt) : len(prompt) + 70] for prompt, text in zip(PROMPTS, whole, strict=True)]
+    assert len(steps) < (26 if right == 1 else 45)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -9,9 +9,10 @@ import torch
 
 from elara.decoding import SamplingConfig
 from elara.decoding.sampling import draw, probabilities
-from elara.decoding.tidar import Draft, verify
+from elara.decoding.tidar import Draft, draft, verify
+from elara.model import MaskSection
 
-VOCAB, NEW, ROWS, MASK_ID = 4, 4, 3000, 3
+VOCAB, NEW, ROWS, MASK_ID = 4, 4, 2000, 3
 
 
 def chi_square_p(counts, expected):
@@ -51,7 +52,7 @@ def p_value(model, write, sampling, mode="tidar"):
 
 @pytest.fixture(scope="module")
 def model(make_model):
-    return make_model(3, vocab_size=VOCAB, init_std=0.45, depth=2)
+    return make_model(3, vocab_size=VOCAB, init_std=1.1, depth=2)
 
 
 SAMPLINGS = {
@@ -104,3 +105,56 @@ def accept_by_p_alone(probs, drafted, limit, uniform):
 def test_the_test_fails_for_a_broken_acceptance_rule(model, write, monkeypatch, broken):
     monkeypatch.setattr("elara.decoding.generation.verify", broken)
     assert p_value(model, write, SamplingConfig(max_new_tokens=NEW, temperature=1.0)) < 1e-6
+
+
+def test_verify_gives_each_place_its_own_distribution():
+    """Fixed distributions that differ from place to place: what stands, continued by plain draws, follows p."""
+    rows, length = 30_000, 4
+    generator = torch.Generator().manual_seed(0)
+    p = (2 * torch.randn(length, VOCAB, generator=generator)).softmax(-1)
+    q = (2 * torch.randn(length - 1, VOCAB, generator=generator)).softmax(-1)
+    proposal = q.expand(rows, -1, -1)
+    drawn = draw(proposal, torch.rand(rows, length - 1, generator=generator))
+    first = torch.zeros(rows, 1, dtype=torch.long)
+    limit = torch.randint(1, length + 1, (rows,), generator=generator)
+    drafted = Draft(torch.cat([first, drawn], 1), proposal)
+    accepted, behind = verify(p.expand(rows, -1, -1), drafted, limit, torch.rand(rows, length, generator=generator))
+    assert ((accepted >= 1) & (accepted <= limit)).all()
+    texts = draw(p.expand(rows, -1, -1), torch.rand(rows, length, generator=generator))
+    for place in range(length):
+        stands, next_one = place < accepted - 1, place == accepted - 1
+        texts[stands, place] = drawn[stands, place] if place < length - 1 else 0
+        texts[next_one, place] = behind[next_one]
+    index = texts @ torch.tensor([VOCAB ** (length - 1 - i) for i in range(length)])
+    joint = torch.einsum("a,b,c,d->abcd", *p.double()).flatten()
+    assert chi_square_p(torch.bincount(index, minlength=VOCAB**length), rows * joint) > 1e-3
+
+
+def test_drafts_come_from_the_masks_behind_the_text(make_model, write, monkeypatch):
+    """Every proposal equals that of a whole forward: text, then one block of masks at its end."""
+    model = make_model(depth=2)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1]]
+    proposals = []
+
+    def keep(*args, **options):
+        proposals.append(draft(*args, **options))
+        return proposals[-1]
+
+    monkeypatch.setattr("elara.decoding.generation.draft", keep)
+    sampling = SamplingConfig(max_new_tokens=16, temperature=1.0, mode="tidar")
+    _, steps = write(model, prompts, sampling, mask_id=10)
+    texts = [list(prompt) for prompt in prompts]
+    seen = set()
+    for step, made in zip(steps, proposals, strict=True):
+        for row, text in enumerate(texts):
+            text += step.tokens[row]
+            seen.add(step.accepted[row])
+            if step.finished[row]:
+                continue
+            assert int(made.tokens[row, 0]) == text[-1]
+            section = MaskSection(torch.tensor([len(text) - 1]), 4, torch.full((1, 4), 10))
+            with torch.no_grad():
+                output = model(torch.tensor([text[:-1]]), section=section)
+            whole = probabilities(model.diffusion_head(output.mask_hidden[:, 1:]), sampling)
+            torch.testing.assert_close(made.proposal[row], whole[0], rtol=0, atol=1e-10)
+    assert {0, 1, 2} <= seen  # different groups were used

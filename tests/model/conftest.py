@@ -16,11 +16,6 @@ from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMCo
 from elara.model import ElaraLM
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def reference() -> ModuleType:
     """tests/model/reference.py (tests are no package, so it is loaded by its path)."""

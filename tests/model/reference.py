@@ -97,7 +97,7 @@ class Routed:
     penalty: Tensor
 
 
-def moe(config: ElaraConfig, p: Parameters, name: str, x: Tensor, seq: int) -> tuple[Tensor, Routed]:
+def moe(config: ElaraConfig, p: Parameters, name: str, x: Tensor, seq: int, bias: Tensor) -> tuple[Tensor, Routed]:
     """Every expert on every token, then a weighted sum over the chosen ones. x: (batch, total, n_embd)."""
     c = config.moe
     load = torch.zeros(2, c.num_experts)
@@ -108,7 +108,7 @@ def moe(config: ElaraConfig, p: Parameters, name: str, x: Tensor, seq: int) -> t
         for i, token in enumerate(x[row]):
             logits = p[f"{name}.router.weight"] @ token
             scores = 1 / (1 + torch.exp(-logits))
-            biased = (scores.detach() + p[f"{name}.router.selection_bias"]).tolist()
+            biased = (scores.detach() + bias).tolist()
             chosen = sorted(range(c.num_experts), key=lambda e: -biased[e])[: c.top_k]
             total = sum(scores[e] for e in chosen)
             for e in range(c.num_experts):
@@ -166,7 +166,9 @@ def forward(
         x = x + attention(config, p, f"{name}.attention", normed, positions, visible)
         normed = rms_norm(x, p[f"{name}.mlp_norm.weight"], eps)
         if i in config.moe_layers:
-            y, routed = moe(config, p, f"{name}.mlp", normed, seq)
+            biases = p[f"{name}.mlp.router.selection_bias"]
+            recursion = len(result.routed.get(i, []))  # how often this block was applied before
+            y, routed = moe(config, p, f"{name}.mlp", normed, seq, biases[min(recursion, len(biases) - 1)])
             result.routed.setdefault(i, []).append(routed)
         else:
             y = swiglu_mlp(normed, p[f"{name}.mlp.gate_up.weight"], p[f"{name}.mlp.down.weight"])

@@ -29,12 +29,12 @@ def test_gates_are_the_chosen_scores_renormalised(router):
 
 def test_the_selection_bias_changes_the_choice_and_no_gate_value(router):
     x = torch.randn(1, 50, 16)
-    router.selection_bias[3] = 10.0
+    router.selection_bias[:, 3] = 10.0
     choice = router(x)
     assert (choice.experts == 3).any(1).all()
     scores = (x @ router.weight.T).sigmoid()[0].gather(1, choice.experts)
     torch.testing.assert_close(choice.gates, 1.5 * scores / scores.sum(1, keepdim=True))
-    router.selection_bias[3] = -10.0
+    router.selection_bias[:, 3] = -10.0
     assert not (router(x).experts == 3).any()
 
 
