@@ -34,8 +34,10 @@ TRAINER = "trainer.ckpt"  # optimizer, schedule, loop and random states; holds n
 
 # Settings of training that leave the function of the weights alone: a run may go on with others
 TRAINING_ONLY = frozenset(
-    ("model.dropout", "model.init_std", "moe.bias_update_rate", "moe.balance_loss", "moe.z_loss")
-    + ("trm.checkpoint", "trm.sample_depth", "tidar.block_fraction", "tidar.schedule", "tidar.loss_weight")
+    [
+        *("model.dropout", "model.init_std", "moe.bias_update_rate", "moe.balance_loss", "moe.z_loss"),
+        *("trm.checkpoint", "trm.sample_depth", "tidar.block_fraction", "tidar.schedule", "tidar.loss_weight"),
+    ]
 )
 
 
@@ -82,7 +84,8 @@ def save(
         if isinstance(error, RuntimeError) and "write" not in str(error):
             raise  # not about the disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ElaraError(f"cannot write the checkpoint {path}: {reason}; make room, then continue with resume=auto") from error
+        message = f"cannot write the checkpoint {path}: {reason}; make room, then continue with resume=auto"
+        raise ElaraError(message) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -176,7 +179,8 @@ def same_architecture(path: Path, saved: ElaraConfig, wanted: ElaraConfig) -> No
     for group, values in have.items():
         for key, value in values.items():
             if f"{group}.{key}" not in TRAINING_ONLY and value != want[group][key]:
-                raise ElaraError(f"{path} has another architecture: {group}.{key} is {value} there and {want[group][key]} here")
+                difference = f"{group}.{key} is {value} there and {want[group][key]} here"
+                raise ElaraError(f"{path} has another architecture: {difference}")
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

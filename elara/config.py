@@ -50,6 +50,11 @@ class TRMConfig:
     checkpoint: bool = False  # recompute each block's inside in the backward pass (less memory, more time)
     sample_depth: list[int] | None = None  # [low, high]: draw the depth of each training step from this range
 
+    @property
+    def max_depth(self) -> int:
+        """The deepest recursion that training meets."""
+        return max(self.depth, self.sample_depth[1] if self.sample_depth else 1)
+
 
 @dataclass
 class TiDARConfig:
@@ -108,14 +113,15 @@ class ElaraConfig:
         """Inverse of `to_dict`; an unknown or missing group or key is an ElaraError that names it."""
         parts = {}
         for part in fields(cls):
-            kind = part.default_factory  # type: ignore[union-attr]
-            known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+            kind: Any = part.default_factory
+            known = {f.name for f in fields(kind)}
             given = data.get(part.name)
             if not isinstance(given, dict):
                 raise ElaraError(f"model config: group '{part.name}' is missing")
             if unknown := sorted(set(given) - known):
-                raise ElaraError(f"model config: unknown key '{part.name}.{unknown[0]}'; known: {', '.join(sorted(known))}")
-            parts[part.name] = kind(**given)  # type: ignore[misc]
+                choices = ", ".join(sorted(known))
+                raise ElaraError(f"model config: unknown key '{part.name}.{unknown[0]}'; known: {choices}")
+            parts[part.name] = kind(**given)
         return cls(**parts)
 
 

@@ -5,4 +5,14 @@ from elara.model.lm import ElaraLM, Output
 from elara.model.moe import CLEAN, MASK, RoutingStats
 from elara.model.section import MaskSection, Supervision, draw_section
 
-__all__ = ["CLEAN", "MASK", "ElaraLM", "KVCache", "MaskSection", "Output", "RoutingStats", "Supervision", "draw_section"]
+__all__ = [
+    "CLEAN",
+    "MASK",
+    "ElaraLM",
+    "KVCache",
+    "MaskSection",
+    "Output",
+    "RoutingStats",
+    "Supervision",
+    "draw_section",
+]

@@ -41,16 +41,16 @@ class Block(nn.Module):
         self.mlp: MoE | MLP = MoE(config) if moe else MLP(m.n_embd, m.hidden)
         self.dropout = m.dropout
 
-    def forward(self, x: Tensor, view: View, layers: list[int]) -> tuple[Tensor, list[Choice]]:
-        """Apply the block once per entry of `layers`, the effective layers it stands for."""
+    def forward(self, x: Tensor, view: View, layers: list[tuple[int, int]]) -> tuple[Tensor, list[Choice]]:
+        """Apply the block once per entry of `layers`: (recursion pass, effective layer)."""
         choices = []
         weights = self.mlp.experts.weights(x.device.type) if isinstance(self.mlp, MoE) else None
-        for layer in layers:
+        for recursion, layer in layers:
             x = x + self._drop(self.attention(self.attention_norm(x), view, layer))
             normed = self.mlp_norm(x)
             if isinstance(self.mlp, MoE):
                 assert weights is not None
-                y, choice = self.mlp(normed, weights)
+                y, choice = self.mlp(normed, weights, recursion)
                 choices.append(choice)
             else:
                 y = self.mlp(normed)
@@ -155,9 +155,9 @@ class ElaraLM(nn.Module):
         """Choices come back ordered by (physical MoE block, pass)."""
         count = len(self.blocks)
         if self.config.trm.order == "block":
-            runs = [(i, [i * depth + p for p in range(depth)]) for i in range(count)]
+            runs = [(i, [(p, i * depth + p) for p in range(depth)]) for i in range(count)]
         else:
-            runs = [(i, [p * count + i]) for p in range(depth) for i in range(count)]
+            runs = [(i, [(p, p * count + i)]) for p in range(depth) for i in range(count)]
         recompute = self.config.trm.checkpoint and torch.is_grad_enabled() and view.cache is None
         found: dict[int, list[Choice]] = {i: [] for i in self.config.moe_layers}
         for i, layers in runs:

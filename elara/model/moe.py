@@ -65,7 +65,11 @@ class RoutingStats:
 
 
 class Router(nn.Module):
-    """Linear -> sigmoid scores -> top-k of (score + selection bias) -> gates renormalised to sum 1. Always float32."""
+    """Linear -> sigmoid scores -> top-k of (score + selection bias) -> gates renormalised to sum 1. Always float32.
+
+    selection_bias: (passes, experts). The passes of a block meet different hidden states: balancing only their sum
+    would leave each of them lopsided.
+    """
 
     selection_bias: Tensor
 
@@ -73,15 +77,17 @@ class Router(nn.Module):
         super().__init__()
         self.moe = config.moe
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.model.n_embd))
-        self.register_buffer("selection_bias", torch.zeros(config.moe.num_experts))
+        self.register_buffer("selection_bias", torch.zeros(config.trm.max_depth, config.moe.num_experts))
 
-    def forward(self, x: Tensor) -> Choice:
-        """x: (batch, tokens, n_embd). The gates of each token sum to `moe.gate_scale`."""
+    def forward(self, x: Tensor, recursion: int = 0) -> Choice:
+        """x: (batch, tokens, n_embd); recursion: the pass, from 0. Passes deeper than trained use the last one's bias.
+ The gates of each token sum to `moe.gate_scale`."""
         top_k = self.moe.top_k
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.weight.dtype), self.weight)  # (batch, total, experts)
         scores = logits.sigmoid()
-        chosen = (scores.detach() + self.selection_bias).topk(top_k, dim=-1).indices
+        bias = self.selection_bias[min(recursion, len(self.selection_bias) - 1)]
+        chosen = (scores.detach() + bias).topk(top_k, dim=-1).indices
         gates = scores.gather(-1, chosen)
         gates = gates / gates.sum(-1, keepdim=True) * self.moe.gate_scale
         penalty = self._penalty(logits, scores, chosen)
@@ -142,14 +148,15 @@ class Experts(nn.Module):
             ys = _grouped(xs, weights, ends.to(torch.int32))
         else:
             ys = _by_expert(xs, weights, sizes)
-        picked = _Collect.apply(ys, slot).view(-1, top_k, ys.shape[1])
+        picked: Tensor = _Collect.apply(ys, slot).view(-1, top_k, ys.shape[1])
         return (picked * choice.gates.to(ys.dtype).unsqueeze(-1)).sum(1)
 
 
 def _one_token(x: Tensor, choice: Choice, weights: Weights) -> Tensor:
     """What a decoding step needs: no sorting, only the chosen experts' weights are touched."""
     chosen, gates = choice.experts[0].tolist(), choice.gates[0].tolist()
-    parts = [F.linear(swiglu(F.linear(x, weights[0][e])) * g, weights[1][e]) for e, g in zip(chosen, gates, strict=True)]
+    gate_up, down = weights
+    parts = [F.linear(swiglu(F.linear(x, gate_up[e])) * gate, down[e]) for e, gate in zip(chosen, gates, strict=True)]
     return torch.stack(parts).sum(0)
 
 
@@ -210,9 +217,9 @@ class MoE(nn.Module):
         self.experts = Experts(n_embd, hidden, config.moe.num_experts)
         self.shared = MLP(n_embd, hidden * config.moe.num_shared) if config.moe.num_shared else None
 
-    def forward(self, x: Tensor, weights: Weights) -> tuple[Tensor, Choice]:
-        """x: (batch, tokens, n_embd). Returns the layer's output and what the router chose."""
-        choice = self.router(x)
+    def forward(self, x: Tensor, weights: Weights, recursion: int = 0) -> tuple[Tensor, Choice]:
+        """x: (batch, tokens, n_embd); recursion: the pass. Returns the layer's output and what the router chose."""
+        choice = self.router(x, recursion)
         y = self.experts(x.flatten(0, 1), choice, weights).view(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)

@@ -15,7 +15,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if x.is_cuda or not torch.is_grad_enabled():
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(dtype)
-    return _RMSNorm.apply(x, weight, eps, dtype)
+    out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    return out
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -26,7 +27,8 @@ class _RMSNorm(torch.autograd.Function):
         inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         ctx.dtype, x = x.dtype, x.to(dtype)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse.to(dtype)).mul_(weight.to(dtype))
+        out: Tensor = (x * inverse.to(dtype)).mul_(weight.to(dtype))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

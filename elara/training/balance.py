@@ -15,7 +15,7 @@ from elara.model.moe import MoE
 
 
 def balance_stats(load: Tensor) -> dict[str, Tensor]:
-    """Figures of a load (..., experts): `fraction` (..., experts), `max_vio`, `entropy` (1 = uniform), `dead`, each (...).
+    """Figures of a load (..., experts): `fraction` (..., experts); `max_vio`, `entropy` (1 = uniform), `dead` (...).
 
     MaxVio = max load / mean load - 1 (arXiv 2408.15664, eq. 4); dead = experts that got nothing.
     """
@@ -64,8 +64,8 @@ class LoadBalancer:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         if self.rate:
-            clean = load[:, :, CLEAN].sum(1)  # (layers, experts)
-            move = self.rate * torch.sign(clean.mean(1, keepdim=True) - clean)
+            clean = load[:, :, CLEAN]  # (layers, passes, experts)
+            move = self.rate * torch.sign(clean.mean(-1, keepdim=True) - clean)
             for router, change in zip(self.routers, move, strict=True):
-                router.selection_bias += change
+                router.selection_bias[: len(change)] += change
         return load

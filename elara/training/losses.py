@@ -41,12 +41,12 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, weights: T
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale)
-    return loss
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale)
+    return total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum(scale * cross entropy), ROWS rows at a time; the gradients are made in the forward pass, as the logits die."""
+    """sum(scale * cross entropy), ROWS rows at a time; gradients are made in the forward pass, as the logits die."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ _STEPS = (
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix to each of (count, rows, columns), approximately: all singular values near 1."""
+    """The nearest semi-orthogonal matrix to each of (count, rows, columns), roughly: all singular values near 1."""
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     for a, b, c in _STEPS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elara.model import ElaraLM
 from elara.model.attention import Attention
@@ -20,7 +20,7 @@ def adamw(
     """Fused AdamW; norms, biases and the embedding are not decayed."""
     decay, plain = _by_decay(list(model.named_parameters()))
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
 def muon(
@@ -48,9 +48,9 @@ def muon(
     return Muon([g for g in groups if g["params"]], dtype=dtype)
 
 
-def _matrices(model: ElaraLM) -> dict[nn.Parameter, int]:
-    """Hidden matrices and how many are stacked in the rows of each: q, k, v in one projection, gate and up in another."""
-    split: dict[nn.Parameter, int] = {}
+def _matrices(model: ElaraLM) -> dict[Tensor, int]:
+    """Hidden matrices and how many are stacked in the rows of each: q, k, v in one projection, gate, up in another."""
+    split: dict[Tensor, int] = {}
     for module in model.modules():
         if isinstance(module, Attention):
             split[module.qkv.weight] = 3 if module.n_head == module.n_kv_head else 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir, initialize_config_module
@@ -65,10 +66,11 @@ def quoted(value: str) -> str:
 
 
 def _name(overrides: list[str], config_path: str) -> str:
-    if config_path.startswith("pkg://"):
-        initialize = initialize_config_module(config_path.removeprefix("pkg://"), version_base="1.3")
-    else:
-        initialize = initialize_config_dir(config_path, version_base="1.3")
+    initialize: Any = (
+        initialize_config_module(config_path.removeprefix("pkg://"), version_base="1.3")
+        if config_path.startswith("pkg://")
+        else initialize_config_dir(config_path, version_base="1.3")
+    )
     with initialize:
         return str(compose("train", overrides=overrides).name)
 

@@ -24,7 +24,7 @@ def cosine(total_steps: int, *, warmup: int, final: float) -> Factor:
 
 
 def wsd(total_steps: int, *, warmup: int, decay: float, final: float) -> Factor:
-    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): linear to `final` over the last `decay` share of the steps."""
+    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): linear to `final` over the last `decay` share of steps."""
     _check(total_steps, warmup, final)
     if not 0 <= decay <= 1:
         raise ElaraError(f"schedule.decay={decay} must be in [0, 1]")
@@ -40,6 +40,6 @@ def wsd(total_steps: int, *, warmup: int, decay: float, final: float) -> Factor:
 
 def _check(total_steps: int, warmup: int, final: float) -> None:
     if total_steps < 1 or warmup < 0:
-        raise ElaraError(f"a schedule needs trainer.max_steps >= 1 and schedule.warmup >= 0, not {total_steps}, {warmup}")
+        raise ElaraError(f"trainer.max_steps={total_steps} must be at least 1, schedule.warmup={warmup} at least 0")
     if not 0 <= final <= 1:
         raise ElaraError(f"schedule.final={final} must be in [0, 1]")

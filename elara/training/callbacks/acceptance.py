@@ -24,7 +24,9 @@ class Acceptance(Callback):
         temperature: 0 = greedy.
     """
 
-    def __init__(self, prompts: int = 8, prompt_tokens: int = 32, new_tokens: int = 48, temperature: float = 0.0) -> None:
+    def __init__(
+        self, prompts: int = 8, prompt_tokens: int = 32, new_tokens: int = 48, temperature: float = 0.0
+    ) -> None:
         self.prompts, self.prompt_tokens = prompts, prompt_tokens
         self.sampling = SamplingConfig(mode="tidar", max_new_tokens=new_tokens, temperature=temperature)
         self._batch: Tensor | None = None

@@ -17,7 +17,17 @@ from lightning import Callback, Trainer
 from elara.checkpoint import write_json
 from elara.runs import CHECKOUT, Run
 
-PACKAGES = ("elara-hivemind", "torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy", "safetensors", "tiktoken")
+PACKAGES = (
+    "elara-hivemind",
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "torchmetrics",
+    "numpy",
+    "safetensors",
+    "tiktoken",
+)
 
 
 class Summary(Callback):

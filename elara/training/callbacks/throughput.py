@@ -61,7 +61,8 @@ def flops_per_token(model: ElaraLM, seq: int) -> float:
 
 def _active(config: ElaraConfig, block: torch.nn.Module) -> float:
     share = config.moe.top_k / config.moe.num_experts if config.moe.num_experts else 1.0
-    return sum(p.numel() * (share if ".experts." in name else 1.0) for name, p in block.named_parameters() if p.dim() > 1)
+    matrices = [(name, p.numel()) for name, p in block.named_parameters() if p.dim() > 1]
+    return sum(count * (share if ".experts." in name else 1.0) for name, count in matrices)
 
 
 class Throughput(Callback):
