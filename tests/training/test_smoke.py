@@ -50,7 +50,7 @@ def test_expert_that_no_token_reaches_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     def unfair(self: Router, config: ElaraConfig) -> None:
         original(self, config)
-        self.selection_bias[5] = -10.0
+        self.selection_bias[:, 5] = -10.0
 
     monkeypatch.setattr(Router, "__init__", unfair)
     result = smoke_check(CONFIG)
