@@ -58,6 +58,8 @@ def fetch(archive: Archive, cache: Path, url: str | None = None) -> Path:
         check_sha256(target, archive.sha256, f"delete {target} and run again")
         return target
 
+    print(f"fetching {archive.requirement}", file=sys.stderr, flush=True)
+
     def get(folder: Path) -> Path:
         if url is not None:
             return download(url, folder / archive.filename)

@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from elara import archives
 from elara import tokenizer as tokenizers
@@ -59,7 +62,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> Prepare
     folder = root / "prepared" / f"{data.name}-{key}"
     if not (folder / "manifest.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with _locked(folder):
             if not (folder / "manifest.json").exists():
                 _build(source, tokenizers.build(tokenizer, source.text, cache=root / "archives"), recipe, folder)
                 _remove_outdated(folder, recipe)
@@ -74,6 +77,21 @@ def open_prepared(folder: Path) -> Prepared:
     made_with = manifest["tokenizer"]["fingerprint"]
     tokenizers.check_fingerprint(tokenizer.fingerprint, made_with, f"the tokenizer of {folder}")
     return Prepared(folder, tokenizer, train, val, manifest)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time build a folder; the lock goes with its process, however that ends."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"waiting for another process that prepares {folder}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(source: Source, tokenizer: Tokenizer, recipe: dict[str, Any], folder: Path) -> None:

