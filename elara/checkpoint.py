@@ -160,12 +160,18 @@ def verify(path: Path, meta: Mapping[str, Any], name: str) -> None:
         raise ElaraError(f"{path / name} is damaged: its checksum differs from the one in {META}")
 
 
-def fit(path: Path, state: Mapping[str, Tensor], model: ElaraLM) -> None:
-    """Raise ElaraError naming the first weight that `model` and a checkpoint's state dict do not share."""
+def fit(path: Path, state: dict[str, Tensor], model: ElaraLM) -> None:
+    """Raise ElaraError naming the first weight that `model` and a checkpoint's state dict do not share.
+
+    Selection biases are cut or prolonged to the model's recursion passes: a deeper pass starts with the last one's.
+    """
     wanted = model.state_dict()
     for name, value in wanted.items():
         if name not in state:
             raise ElaraError(f"{path} does not fit this model: it has no weight '{name}'")
+        if name.endswith(".selection_bias"):
+            rows = torch.arange(len(value)).clamp(max=len(state[name]) - 1)
+            state[name] = state[name][rows]
         if state[name].shape != value.shape:
             have, want = tuple(state[name].shape), tuple(value.shape)
             raise ElaraError(f"{path} does not fit this model: '{name}' is {have} there and {want} here")
