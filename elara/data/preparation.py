@@ -124,7 +124,10 @@ def _remove_outdated(folder: Path, recipe: dict[str, Any]) -> None:
     if "path" not in recipe:
         return
     for other in folder.parent.glob("*/manifest.json"):
-        manifest = json.loads(other.read_text(encoding="utf-8"))
+        try:
+            manifest = json.loads(other.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # damaged, or another process was faster
+            continue
         same = manifest.get("path") == recipe["path"] and manifest["tokenizer"]["kind"] == recipe["tokenizer"]["kind"]
         if same and manifest["sha256"] != recipe["sha256"]:
             shutil.rmtree(other.parent, ignore_errors=True)

