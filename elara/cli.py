@@ -29,6 +29,7 @@ from elara.errors import ElaraError, Interrupted
 
 Task = Callable[[DictConfig], None]
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def config_path() -> str:
@@ -97,17 +98,17 @@ def explain(error: BaseException) -> str:
         return _bad_value(cause)
     if isinstance(error, HydraException):
         return _no_match(str(error))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM):
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
         return "out of memory: lower data.batch_size (raise trainer.accumulate_grad_batches), or set trm.checkpoint=true"
     return _unexpected(error)
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` when one of `choices` is close to `word`, else nothing."""
+def nearest(word: str, choices: Iterable[str], above: str = "") -> str:
+    """` (did you mean 'x'?)` when one of `choices` is close to `word`, else nothing; `above` is put before it."""
     match = get_close_matches(word, [str(c) for c in choices], n=1, cutoff=0.6)
-    return f" (did you mean '{match[0]}'?)" if match else ""
+    return f" (did you mean '{above}{match[0]}'?)" if match else ""
 
 
 def _in_chain(error: BaseException | None, kind: type[BaseException]) -> Any:
@@ -138,7 +139,7 @@ def _bad_value(error: Any) -> str:
     if re.match(r"Key '.*' (is )?not in ", text):
         name = key.rpartition(".")[2]
         listed = f"; keys there: {', '.join(sorted(known))}" if known else ""
-        return f"unknown key '{key}'{nearest(name, known)}{listed}"
+        return f"unknown key '{key}'{nearest(name, known, key[: -len(name)])}{listed}"
     if "Missing mandatory value" in text or "missing value" in text.lower():
         return f"{key} has no value: give one as {key}=..."
     return f"{key}: {text}" if key and key not in text else text
@@ -169,7 +170,8 @@ def _failed_target(error: InstantiationException) -> str:
     if isinstance(cause, TypeError) and (bad := re.search(r"unexpected keyword argument '(\w+)'", message)):
         known = list(inspect.signature(hydra.utils.get_object(target[1])).parameters) if target else []
         key = f"{where}.{bad[1]}" if where else bad[1]
-        return f"unknown key '{key}'{nearest(bad[1], known)}: {target[1] if target else 'its class'} takes no such argument"
+        close = nearest(bad[1], known, f"{where}." if where else "")
+        return f"unknown key '{key}'{close}: {target[1].rpartition('.')[2] if target else 'its class'} takes no such argument"
     return f"{where}: {message}" if where else message
 
 

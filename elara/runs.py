@@ -102,8 +102,8 @@ def find_runs(name: str | None = None, root: Path | None = None) -> list[Run]:
 
 
 def newest_unfinished(name: str, root: Path | None = None) -> Run:
-    """The run that `resume=auto` continues; raises ElaraError when there is none."""
-    runs = find_runs(name, root)
+    """The run that `resume=auto` continues; raises ElaraError when there is none. One that never began is none."""
+    runs = [run for run in find_runs(name, root) if run.config.exists()]
     for run in runs:
         if not run.finished:
             return run

@@ -31,6 +31,7 @@ STYLE = {
     "grid.color": "#e4e6ea",
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "axes.xmargin": 0.01,
     "figure.dpi": 110,
     "savefig.dpi": 150,
 }
@@ -125,10 +126,10 @@ def expert_load(columns: Columns, title: str) -> Figure | None:
         steps, loads = _loads(columns, place)
         experts = len(loads)
         edges = np.concatenate([[steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)], steps])
-        image = axes.pcolormesh(edges, np.arange(experts + 1) + 0.5, loads * experts, cmap="RdBu_r",
+        image = axes.pcolormesh(edges, np.arange(experts + 1) - 0.5, loads * experts, cmap="RdBu_r",
                                 norm=TwoSlopeNorm(1.0, 0.0, 2.0), rasterized=True)  # fmt: skip
         axes.set_ylabel(_place_words(place), rotation=0, ha="right", va="center", fontsize=9)
-        axes.set_yticks([1, experts])
+        axes.set_yticks([0, experts - 1])
         axes.grid(False)
     rows[0].set_title("Load of each expert (1 = fair share)")
     upper.colorbar(image, ax=list(rows), label="load / fair share", shrink=0.8, extend="max")
@@ -138,8 +139,7 @@ def expert_load(columns: Columns, title: str) -> Figure | None:
         axes.plot(steps, _smooth(values), linewidth=1.4, label=_place_words(place, line=True), color=f"C{i}")
     axes.set(title="MaxVio: the fullest expert's excess over the mean", xlabel="optimizer steps", ylabel="max / mean - 1")
     axes.set_ylim(bottom=0)
-    if len(places) <= 12:
-        axes.legend(fontsize=8, ncols=2)
+    axes.legend(fontsize=8, ncols=2)
     figure.suptitle(title, x=0.01, ha="left", color=GREY, fontsize=9)
     return figure
 
@@ -208,4 +208,4 @@ def _loads(columns: Columns, place: str) -> tuple[NDArray[np.float64], NDArray[n
 
 def _place_words(place: str, *, line: bool = False) -> str:
     layer, passing = re.findall(r"\d+", place)[:2]
-    return f"block {layer},{' ' if line else chr(10)}pass {int(passing) + 1}"
+    return f"layer {layer},{' ' if line else chr(10)}pass {passing}"

@@ -52,7 +52,7 @@ class CSV(Logger):
             if self._row:
                 self._offset = self.path.stat().st_size
             self._row = {"step": str(step)}
-        self._row.update({name: format(float(value), ".8g") for name, value in metrics.items()})
+        self._row.update({name: format(float(value), ".9g") for name, value in metrics.items()})
         new = [name for name in self._row if name not in self._columns]
         if new:
             self._columns += new
@@ -112,15 +112,27 @@ def wandb(folder: str, *, project: str, mode: str, name: str | None = None, enti
         raise ElaraError("logger=wandb needs the package wandb: pip install 'elara-hivemind[wandb]'") from error
     if mode not in ("auto", "online", "offline"):
         raise ElaraError(f"logger.wandb.mode={mode} must be auto, online or offline")
-    key = bool(package.api.api_key)
-    if mode == "online" and not key:
-        raise ElaraError("logger.wandb.mode=online needs a key: run `wandb login`, or set logger.wandb.mode=offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    first = rank_zero_only.rank in (None, 0)  # other ranks log nothing
+    online = first and mode != "offline" and _log_in(package, must=mode == "online")
     note = Path(folder) / "wandb_id"
     identity = note.read_text("utf-8").strip() if note.exists() else uuid.uuid4().hex[:8]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    note.write_text(identity + "\n", "utf-8")
-    offline = mode == "offline" or (mode == "auto" and not key)
-    os.environ.setdefault("WANDB_SILENT", "true")
+    if first:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(identity + "\n", "utf-8")
     return WandbLogger(
-        name=name, save_dir=folder, project=project, entity=entity, id=identity, resume="allow", offline=offline
+        name=name, save_dir=folder, project=project, entity=entity, id=identity, resume="allow", offline=not online
     )
+
+
+def _log_in(package: Any, *, must: bool) -> bool:
+    """Whether there is a key and the server takes it; ElaraError instead of False when it `must` be so."""
+    try:
+        if package.login(prompt=False):
+            return True
+        reason = "there is no key: run `wandb login`"
+    except package.errors.Error as error:
+        reason = str(error).splitlines()[0]
+    if must:
+        raise ElaraError(f"logger.wandb.mode=online does not work, {reason}; or set logger.wandb.mode=offline")
+    return False

@@ -74,6 +74,7 @@ class ElaraModule(lightning.LightningModule):
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """tokens: (batch, seq + 1) ids with -1 for padding. Returns the loss of this micro-batch."""
+        torch.set_autocast_cache_enabled(True)  # Lightning's autocast has it off; recursion casts each weight twice then
         generator = self._seeded("train", batch_idx, self.global_rank)
         losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, depth=self._depth())
         self.balancer.add(losses.routing)
@@ -121,7 +122,7 @@ class ElaraModule(lightning.LightningModule):
         figures |= loss_figures("val", figures["val/loss_ar"], self.chars_per_token)
         self.validated_step = self.step
         self.record(figures)
-        self.log_dict(figures, logger=False, rank_zero_only=True)  # for callbacks that monitor, e.g. EarlyStopping
+        self.log_dict(figures, logger=False)  # for callbacks that monitor, e.g. EarlyStopping; the same on every rank
 
     def record(self, figures: Mapping[str, float]) -> None:
         """Send plain numbers to every logger under the current step."""

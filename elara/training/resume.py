@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from elara.errors import ElaraError
 from elara.runs import Run, newest_unfinished
@@ -25,8 +27,8 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
     run is finished and no larger trainer.max_steps is given.
     """
     given = {key_of(text): text for text in arguments if is_override(text)}
-    wanted = value_of(given.get("resume", ""))
-    if wanted in ("", "null"):
+    wanted = value_of(given["resume"]) if "resume" in given else ""
+    if not wanted:
         return arguments
     if {"-m", "--multirun"} & set(arguments):
         raise ElaraError("resume continues one run: it does not go with --multirun")
@@ -56,8 +58,12 @@ def key_of(override: str) -> str:
 
 
 def value_of(override: str) -> str:
-    """Its value without quotes."""
-    return override.partition("=")[2].strip().strip("'\"")
+    """Its value as Hydra reads it, quotes undone, or as it stands where Hydra cannot; "" for null."""
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+    except HydraException:  # a path with signs that the grammar wants quoted: what is meant is clear here
+        return override.partition("=")[2]
+    return "" if value is None else str(value)
 
 
 def quoted(value: str) -> str:
@@ -87,7 +93,7 @@ def _refuse_finished(run: Run, given: dict[str, str]) -> None:
     if not run.finished:
         return
     steps = int(run.read_summary().get("steps", 0))
-    asked = value_of(given.get("trainer.max_steps", ""))
+    asked = value_of(given["trainer.max_steps"]) if "trainer.max_steps" in given else ""
     if not re.fullmatch(r"\d+", asked) or int(asked) <= steps:
         raise ElaraError(f"{run.path} is finished at step {steps}: give a larger trainer.max_steps to train it on")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import lightning
 import torch
@@ -35,14 +36,11 @@ from elara.training.resume import quoted
 
 GROUPS = ("model", "moe", "trm", "tidar")
 
-# What Lightning and torch say that is not news here: the first three are settings on purpose
+# What Lightning and torch say that is no news here
 HUSHED = (
-    r".*does not have many workers.*",
+    r".*does not have many workers.*",  # data.workers=0 is the fast choice for small batches
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
-    r".*Trying to infer the `batch_size`.*",
-    r".*The number of training batches .* is smaller than the logging interval.*",
-    r".*LeafSpec.*",
-    r".*You are using `torch.load` with `weights_only=.*",
+    r".*when logging on epoch level in distributed setting.*",  # what is logged is the same on every rank
 )
 
 
@@ -59,14 +57,17 @@ def run(config: DictConfig) -> None:
     """Train as `config` (a TrainConfig) says, in Hydra's output folder, and tell the user what came out."""
     here = Run(Path(HydraConfig.get().runtime.output_dir))
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if not re.fullmatch(r"[\w.-]+", config.name):
-        raise ElaraError(f"name={config.name} must consist of letters, digits, '.', '-' and '_': it names a folder")
     lock = claim(here.path) if first else None
     hush()
-    settings = resolved(config)
     lightning.seed_everything(config.seed, verbose=False)
-    parts = build(config, settings)
-    start = begin(config, parts, here)
+    try:
+        settings = resolved(config)
+        parts = build(config, settings)
+        start = begin(config, parts, here)
+    except BaseException:
+        if first and not here.config.exists():
+            shutil.rmtree(here.path, ignore_errors=True)  # nothing was trained: leave no empty run behind
+        raise
     if first:
         note_changes(here, settings)
         OmegaConf.save(OmegaConf.create(settings), here.config)
@@ -91,6 +92,8 @@ def hush() -> None:
 def resolved(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain values, with `trainer.precision=auto` replaced by what it means here."""
     settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    if not re.fullmatch(r"[\w.-]+", settings["name"]):
+        raise ElaraError(f"name={settings['name']} names a folder: use letters, digits, '.', '-' and '_' only")
     trainer = settings["trainer"]
     trainer["precision"] = resolve(trainer.get("precision", "auto"), str(trainer.get("accelerator", "auto")))
     for key in ("max_steps", "val_check_interval", "accumulate_grad_batches"):
@@ -118,11 +121,23 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
         model,
         prepared.tokenizer,
         seed=config.seed,
-        optimizer=instantiate(config.optimizer),
-        schedule=instantiate(config.schedule)(config.trainer.max_steps),
+        optimizer=factory(config.optimizer, "optimizer"),
+        schedule=factory(config.schedule, "schedule")(config.trainer.max_steps),
         chars_per_token=val["characters"] / val["tokens"],
     )
     return Parts(trainer, module, data)
+
+
+def factory(config: DictConfig, group: str) -> Any:
+    """The function that an option of `group` stands for, its arguments checked now rather than at the first step."""
+    built = instantiate(config)
+    hints = get_type_hints(built.func)
+    for key, value in built.keywords.items():
+        if key not in hints:
+            raise ElaraError(f"unknown key '{group}.{key}': {config._target_} takes no such argument")
+        if hints[key] in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ElaraError(f"{group}.{key}={value} must be a number")
+    return built
 
 
 def architecture(config: DictConfig, tokenizer: Tokenizer) -> ElaraConfig:
@@ -140,7 +155,11 @@ def architecture(config: DictConfig, tokenizer: Tokenizer) -> ElaraConfig:
 
 def make_trainer(config: DictConfig, settings: Mapping[str, Any]) -> lightning.Trainer:
     """lightning.Trainer from the groups trainer, logger and callbacks."""
-    micro = settings["trainer"]["accumulate_grad_batches"]
+    micro, accelerator = settings["trainer"]["accumulate_grad_batches"], settings["trainer"].get("accelerator")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ElaraError(
+            f"trainer.accelerator={accelerator}, but torch finds no GPU here: take trainer=cpu, or trainer=ddp_cpu"
+        )
     trainer: lightning.Trainer = instantiate(
         config.trainer,
         precision=settings["trainer"]["precision"],
@@ -161,7 +180,7 @@ class Start:
 
     step: int = 0
     trainer_state: Path | None = None
-    validated: bool = True
+    validation_due: bool = False
 
 
 def begin(config: DictConfig, parts: Parts, here: Run) -> Start:
@@ -192,7 +211,7 @@ def restore(parts: Parts, found: list[Path]) -> Start:
         data = parts.data
         parts.data.position = meta["windows"] // (data.data.batch_size * parts.trainer.world_size)
         saver_of(parts.trainer, parent=meta.get("parent"))
-        return Start(meta["step"], path / checkpoint.TRAINER, "metrics" in meta)
+        return Start(meta["step"], path / checkpoint.TRAINER, meta["validation_due"])
     raise errors[0]
 
 
@@ -216,10 +235,9 @@ def saver_of(trainer: lightning.Trainer, parent: str | None) -> None:
 def fit(parts: Parts, start: Start) -> None:
     """Train to the last step; a validation that the run was killed in is made up for first."""
     trainer, module, data = parts.trainer, parts.module, parts.data
-    if not start.validated:
+    if start.validation_due:
         trainer.validate(module, datamodule=data, verbose=False)
-    with warnings.catch_warnings():
-        trainer.fit(module, datamodule=data, ckpt_path=start.trainer_state, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=start.trainer_state, weights_only=True)
 
 
 def note_changes(here: Run, settings: Mapping[str, Any]) -> None:

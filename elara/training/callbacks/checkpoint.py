@@ -46,7 +46,7 @@ class Checkpoint(Callback):
         regular = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         final = trainer.global_step == trainer.max_steps
         if regular or final or module.validates(batch_idx):
-            self.save(trainer, module)
+            self.save(trainer, module, validation_due=module.validates(batch_idx))
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         folder = self.run.path / "checkpoints" / f"step-{module.step}"
@@ -54,12 +54,15 @@ class Checkpoint(Callback):
             return
         figures = {name: value for name, value in module.latest.items() if name.startswith("val/")}
         meta = checkpoint.read_meta(folder)
-        checkpoint.write_json(folder / checkpoint.META, {**meta, "metrics": figures})
+        checkpoint.write_json(folder / checkpoint.META, {**meta, "validation_due": False, "metrics": figures})
         self._choose_best()
         self._prune()
 
-    def save(self, trainer: Trainer, module: Any) -> None:
-        """Write checkpoints/step-N and point `last` to it. Every rank calls this; the first one writes."""
+    def save(self, trainer: Trainer, module: Any, *, validation_due: bool = False) -> None:
+        """Write checkpoints/step-N and point `last` to it. Every rank calls this; the first one writes.
+
+        validation_due: this step is going to be validated; a run killed before that is over makes up for it.
+        """
         step = trainer.global_step
         if step == self.saved_step:
             return
@@ -79,7 +82,13 @@ class Checkpoint(Callback):
         folder = self.run.path / "checkpoints" / f"step-{step}"
         per_batch = trainer.datamodule.data.batch_size * trainer.world_size  # type: ignore[attr-defined]
         windows = (trainer.fit_loop.total_batch_idx + 1) * per_batch
-        meta = {"step": step, "windows": windows, "run": str(self.run.path), "parent": self.parent}
+        meta = {
+            "step": step,
+            "windows": windows,  # of text behind this step, all ranks together
+            "validation_due": validation_due,
+            "run": str(self.run.path),
+            "parent": self.parent,
+        }
         checkpoint.save(folder, module.model, module.tokenizer, meta=meta, trainer_state=trainer_state)
         checkpoint.link(folder, self.run.last)
         self._prune()

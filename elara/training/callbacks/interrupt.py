@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -29,6 +30,7 @@ class Interrupt(Callback):
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
+        os.write(2, b"\nstopping behind this step (once more: at once)\n")  # print is not safe in a signal handler
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         if not module.step_ends(batch_idx) or not self._agreed(trainer):

@@ -26,7 +26,7 @@ class Metrics(Callback):
         figures |= loss_figures("train", figures["train/loss_ar"], module.chars_per_token)
         figures["train/grad_norm"] = module.grad_means.read()["grad_norm"]
         figures["train/lr"] = module.lr
-        if module.load is not None:
+        if module.load is not None and module.load.numel():
             figures |= moe_figures(module.load, module.model.config.moe_layers)
             module.load = None
         check_finite(figures, module.step)

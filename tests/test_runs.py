@@ -1,0 +1,117 @@
+"""Run folders: where they are, how they are found, who may write to them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elara import runs
+from elara.errors import ElaraError
+from elara.runs import Run
+
+
+def make_run(
+    root: Path, name: str, time: str, *, finished: bool = False, began: bool = True, steps: tuple[int, ...] = ()
+) -> Run:
+    run = Run(root / name / time)
+    (run.path / ".hydra").mkdir(parents=True)
+    if began:
+        run.config.write_text("name: x\n", "utf-8")
+    if finished:
+        run.summary.write_text(json.dumps({"finished": True}), "utf-8")
+    for step in steps:
+        folder = run.path / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}", "utf-8")
+    return run
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ELARA_HOME", str(tmp_path))
+    return tmp_path / "outputs" / "train"
+
+
+def test_project_root_is_elara_home_then_the_checkout_then_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELARA_HOME", str(tmp_path / "home"))
+    assert runs.project_root() == tmp_path / "home"
+    monkeypatch.delenv("ELARA_HOME")
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(runs, "CHECKOUT", tmp_path)
+    assert runs.project_root() == tmp_path
+    monkeypatch.setattr(runs, "CHECKOUT", tmp_path / "site-packages")
+    monkeypatch.chdir(tmp_path)
+    assert runs.project_root() == tmp_path
+
+
+def test_auto_resumes_the_newest_run_of_that_name_that_began_and_is_not_finished(home: Path) -> None:
+    make_run(home, "bee", "2026-01-01_00-00-00")
+    wanted = make_run(home, "bee", "2026-01-02_00-00-00")
+    make_run(home, "bee", "2026-01-03_00-00-00", finished=True)
+    make_run(home, "bee", "2026-01-04_00-00-00", began=False)
+    make_run(home, "wasp", "2026-01-05_00-00-00")
+    assert runs.newest_unfinished("bee") == wanted
+
+
+def test_nothing_to_resume_is_said_in_one_line(home: Path) -> None:
+    with pytest.raises(ElaraError, match="nothing to resume: there is no run called 'bee'"):
+        runs.newest_unfinished("bee")
+    make_run(home, "bee", "2026-01-01_00-00-00", finished=True)
+    with pytest.raises(ElaraError, match="every run called 'bee' is finished"):
+        runs.newest_unfinished("bee")
+
+
+def test_a_half_written_summary_counts_as_unfinished(home: Path) -> None:
+    run = make_run(home, "bee", "2026-01-01_00-00-00")
+    run.summary.write_text('{"finished": tr', "utf-8")
+    assert not run.finished
+
+
+def test_checkpoints_are_ordered_by_step_and_leftovers_are_not_among_them(home: Path) -> None:
+    run = make_run(home, "bee", "2026-01-01_00-00-00", steps=(90, 1000, 200))
+    (run.path / "checkpoints" / ".step-2000-ab12").mkdir()
+    assert [runs.step_of(path) for path in run.checkpoints()] == [1000, 200, 90]
+
+
+def test_find_checkpoint_takes_a_checkpoint_a_run_a_name_or_the_newest_finished_run(home: Path) -> None:
+    old = make_run(home, "bee", "2026-01-01_00-00-00", finished=True, steps=(10, 20))
+    new = make_run(home, "wasp", "2026-01-02_00-00-00", steps=(5,))
+    old.best.symlink_to("step-10")
+    assert runs.find_checkpoint() == old.best
+    assert runs.find_checkpoint("wasp") == new.path / "checkpoints" / "step-5"
+    assert runs.find_checkpoint(old.path) == old.best
+    assert runs.find_checkpoint(old.path / "checkpoints" / "step-20").name == "step-20"
+
+
+@pytest.mark.parametrize("where", [None, "hornet"])
+def test_a_missing_checkpoint_says_what_to_do(home: Path, where: str | None) -> None:
+    with pytest.raises(ElaraError, match=r"train one with `python -m elara\.train` first"):
+        runs.find_checkpoint(where)
+
+
+HOLD = "import sys; from pathlib import Path; from elara.runs import claim; c = claim(Path(sys.argv[1])); print('held', flush=True); input()"
+
+
+def test_one_process_at_a_time_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(ElaraError, match="another process is training in"):
+        runs.claim(tmp_path)
+    other.kill()
+    other.wait()
+    runs.claim(tmp_path).close()
+
+
+def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("a file, not a folder", "utf-8")
+    with pytest.raises(ElaraError, match="cannot write to"):
+        runs.claim(tmp_path / "outputs" / "train" / "bee")

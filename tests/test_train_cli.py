@@ -1,0 +1,108 @@
+"""What a user types wrong is one line on stderr that says what and what instead."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elara import train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Run the entry point with some arguments; returns exit code, stdout, stderr."""
+    monkeypatch.setenv("ELARA_HOME", str(tmp_path))
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        code = 0
+        try:
+            train.main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+WRONG = {
+    "model.n_emdb=3": ["unknown key 'model.n_emdb'", "did you mean 'model.n_embd'?", "context_length"],
+    "model=elara_2p8": ["there is no model=elara_2p8", "did you mean 'elara_2p8b'?", "elara_124m, elara_2p8b, elara_nano"],
+    "modle=elara_nano": ["'modle'", "did you mean 'model'?"],
+    "model.n_layer=many": ["model.n_layer", "'many'", "Integer"],
+    "trainer.max_step=3": ["unknown key 'trainer.max_step'", "did you mean 'trainer.max_steps'?"],
+    "+trainer.max_step=3": ["unknown key 'trainer.max_step'", "did you mean 'trainer.max_steps'?"],
+    "trainer.max_steps=0": ["trainer.max_steps=0", "at least 1"],
+    "trainer.max_steps=many": ["trainer.max_steps=many", "whole number"],
+    "trainer.val_check_interval=0.5": ["trainer.val_check_interval=0.5", "whole number"],
+    "~callbacks.sample": ["callbacks.sample"],
+    "callbacks.samples.tempreature=1": ["unknown key 'callbacks.samples.tempreature'", "'callbacks.samples.temperature'"],
+    "+callbacks.samples.tempreature=1": ["tempreature"],
+    "callbacks.checkpoint.keep=0": ["callbacks.checkpoint", "at least 1"],
+    "optimizer=adam": ["there is no optimizer=adam", "did you mean 'adamw'?"],
+    "foo": ["'foo'", "key=value"],
+    "seed=[1": ["'seed=[1'"],
+    "name=a/b": ["name=a/b", "folder"],
+    "resume=auto": ["nothing to resume", "'elara'"],
+    "resume=nowhere": ["nowhere", "is not a run folder"],
+    "init_from=nowhere": ["there is no checkpoint at 'nowhere'"],
+    "data.seq=1000": ["data.seq=1000", "model.context_length=256"],
+    "trm.depth=0": ["trm.depth=0", "at least 1"],
+    "model.vocab_size=3": ["model.vocab_size=3 is too small"],
+    "trainer.precision=17": ["precision", "17"],
+}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_a_mistake_is_one_line_that_names_it(cli, argument: str, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("to bee or not to bee, that is the question\n" * 300, "utf-8")
+    code, out, err = cli(argument, "data=text", f"data.path={text}")
+    assert code == 1
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+    for part in WRONG[argument]:
+        assert part in err
+    assert out == ""
+    assert not list(tmp_path.glob("outputs/train/*/*"))  # and no empty run is left to be resumed
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine has a GPU")
+@pytest.mark.parametrize("trainer", ["gpu", "ddp", "fsdp"])
+def test_a_missing_gpu_is_named(cli, trainer: str) -> None:
+    code, _, err = cli(f"trainer={trainer}", "optimizer=adamw")
+    assert code == 1 and err.count("\n") == 1
+    assert "trainer.accelerator=gpu, but torch finds no GPU here: take trainer=cpu" in err
+
+
+def test_a_traceback_is_there_for_the_asking(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="n_emdb"):
+        cli("model.n_emdb=3")
+
+
+def test_a_large_model_with_ddp_composes_without_importing_torch() -> None:
+    program = (
+        "import sys; from elara.train import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'lightning'} & set(sys.modules), 'heavy import'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "model=elara_2p8b", "trainer=ddp", "--cfg", "job"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "n_layer: 32" in done.stdout and "strategy: ddp" in done.stdout
+
+
+def test_an_unwritable_output_folder_is_one_line(cli, tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("in the way", "utf-8")
+    code, _, err = cli("name=x")
+    assert code == 1 and err.startswith("error: cannot write") and err.count("\n") == 1

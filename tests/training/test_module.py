@@ -1,0 +1,143 @@
+"""Training through Lightning computes what a plain loop does."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
+from elara.model import CLEAN, ElaraLM
+from elara.training import optimizers, schedules
+from elara.training.callbacks import Metrics
+from elara.training.losses import elara_loss
+from elara.training.module import ElaraModule
+
+MASK = 60
+MICRO = 2
+
+
+class Tokens(Dataset[Tensor]):
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.randint(0, 50, (4, 33), generator=torch.Generator().manual_seed(index))
+
+
+class Endless:
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count()
+
+
+class FakeTokenizer:
+    mask_id = MASK
+
+
+def make_model(**trm: Any) -> ElaraLM:
+    torch.manual_seed(3)
+    return ElaraLM(
+        ElaraConfig(
+            ModelConfig(n_layer=2, n_embd=32, n_head=2, hidden=48, vocab_size=64, context_length=32),
+            MoEConfig(num_experts=4, bias_update_rate=0.01),
+            TRMConfig(depth=2, **trm),
+            TiDARConfig(block_length=4, block_fraction=0.5),
+        )
+    )
+
+
+def make_module(model: ElaraLM) -> ElaraModule:
+    adamw = partial(optimizers.adamw, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    schedule = schedules.cosine(6, warmup=2, final=0.1)
+    return ElaraModule(model, FakeTokenizer(), seed=5, optimizer=adamw, schedule=schedule)  # type: ignore[arg-type]
+
+
+class Rows(lightning.pytorch.loggers.Logger):
+    """Keeps what is logged."""
+
+    name, version = "rows", ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.setdefault(step or 0, {}).update(metrics)
+
+
+def fit(module: ElaraModule, **options: Any) -> dict[int, dict[str, float]]:
+    rows = Rows()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_steps=6, accumulate_grad_batches=MICRO, gradient_clip_val=0.5, logger=rows,
+            callbacks=[Metrics()], log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=0, **options,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(Tokens(), batch_size=None, sampler=Endless()))  # type: ignore[arg-type]
+    return rows.rows
+
+
+def plain_loop(model: ElaraLM, module: ElaraModule) -> list[dict[str, float]]:
+    """The same six steps by hand, with the balance written out."""
+    optimizer = module._optimizer(model)
+    router = model.blocks[1].mlp.router  # type: ignore[union-attr]
+    rows = []
+    for step in range(6):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * module._schedule(step)
+        optimizer.zero_grad()
+        total, ar, load = 0.0, 0.0, torch.zeros(4)
+        for micro in range(MICRO):
+            index = step * MICRO + micro
+            generator = module._seeded("train", index, 0)
+            losses = elara_loss(model, Tokens()[index], generator, MASK)
+            (losses.total / MICRO).backward()
+            total, ar = total + losses.total.item() / MICRO, ar + losses.ar.item() / MICRO
+            load += losses.routing.load[0, :, CLEAN].sum(0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        router.selection_bias += 0.01 * torch.sign(load.mean() - load)
+        rows.append({"loss": total, "loss_ar": ar, "grad_norm": float(norm), "lr": 1e-2 * module._schedule(step)})
+    return rows
+
+
+def test_lightning_computes_what_a_plain_loop_does() -> None:
+    by_hand = make_model()
+    expected = plain_loop(by_hand, make_module(by_hand))
+    trained = make_model()
+    rows = fit(make_module(trained))
+    assert list(rows) == [1, 2, 3, 4, 5, 6]
+    for row, want in zip(rows.values(), expected, strict=True):
+        for name, value in want.items():
+            assert row[f"train/{name}"] == pytest.approx(value, rel=1e-6)
+    for (name, a), b in zip(by_hand.state_dict().items(), trained.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_bf16_autocast_follows_float32_closely() -> None:
+    full = fit(make_module(make_model()))
+    mixed = fit(make_module(make_model()), precision="bf16-mixed")
+    for step in full:
+        assert mixed[step]["train/loss"] == pytest.approx(full[step]["train/loss"], rel=5e-3)
+
+
+def test_a_step_is_a_pure_function_of_seed_and_place() -> None:
+    module = make_module(make_model())
+    draws = [torch.rand(3, generator=module._seeded("train", *place)).tolist() for place in [(7, 0), (8, 0), (7, 1), (7, 0)]]
+    assert draws[0] == draws[3]
+    assert draws[0] != draws[1] and draws[0] != draws[2]
+
+
+def test_sampled_depths_cover_the_range_and_every_layer_is_logged_by_pass() -> None:
+    rows = fit(make_module(make_model(sample_depth=[1, 3])))
+    passes = [{int(n.split("/")[2].removeprefix("pass")) for n in row if n.startswith("moe/")} for row in rows.values()]
+    assert {max(found) + 1 for found in passes} == {1, 2, 3}
+    assert rows == fit(make_module(make_model(sample_depth=[1, 3])))

@@ -1,0 +1,230 @@
+"""A killed and resumed run is the uninterrupted run, and what cannot be resumed says so in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from elara import checkpoint
+from elara.runs import Run
+from elara.training.resume import key_of, rewrite
+
+ACCUMULATE = "trainer.accumulate_grad_batches=2"
+
+
+@pytest.fixture(scope="module")
+def whole(session_home) -> Path:
+    """An uninterrupted run of 24 steps."""
+    done = session_home.call(*session_home.tiny("name=whole", ACCUMULATE))
+    assert done.returncode == 0, done.stderr
+    return session_home.only_run("whole")
+
+
+def same_run(home, one: Path, other: Path) -> None:
+    """Every logged figure and every weight agree bit for bit."""
+    assert home.rows(one) == home.rows(other)
+    a, b = (checkpoint.load(Run(path).last).model.state_dict() for path in (one, other))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert Run(one).best.readlink() == Run(other).best.readlink()
+    assert (one / "samples.txt").read_text("utf-8") == (other / "samples.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("workers", "step"), [(0, 13), (2, 19)])
+def test_killed_and_resumed_equals_uninterrupted(home, whole: Path, workers: int, step: int) -> None:
+    name = f"killed-{workers}"
+    run = home.kill_at(step, name, *home.tiny(ACCUMULATE, f"data.workers={workers}"))
+    done = home.run("resume=auto", f"name={name}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"going on at step (8|16) in", done.stdout)
+    same_run(home, run, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2, 7, 8, 16, 22])
+def test_any_step_may_be_the_one(home, whole: Path, step: int) -> None:
+    run = home.kill_at(step, f"any-{step}", *home.tiny(ACCUMULATE))
+    done = home.call(f"resume={run}")
+    assert done.returncode == 0, done.stderr
+    same_run(home, run, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly_too(home) -> None:
+    options = home.tiny("trainer=ddp_cpu", "data.batch_size=2")
+    assert home.run("name=ddp", *options).returncode == 0
+    run = home.kill_at(13, "ddp-killed", *options)
+    time.sleep(8)  # the other rank notices, and leaves
+    assert home.run("resume=auto", "name=ddp-killed").returncode == 0
+    same_run(home, run, home.only_run("ddp"))
+
+
+def copy_as_killed(whole: Path, name: str, *, step: int) -> Path:
+    """A copy of a finished run as it would look had it been killed after the checkpoint of `step` was saved."""
+    folder = whole.parent.parent / name / whole.name
+    shutil.copytree(whole, folder, symlinks=True)
+    run = Run(folder)
+    for path in run.checkpoints():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    for name_ in (run.last, run.best):
+        checkpoint.link(run.checkpoints()[0], name_)
+    summary = json.loads(run.summary.read_text("utf-8"))
+    run.summary.write_text(json.dumps({**summary, "finished": False}), "utf-8")
+    return folder
+
+
+def test_a_run_killed_during_validation_makes_up_for_it(home, whole: Path) -> None:
+    run = Run(copy_as_killed(whole, "mid-validation", step=16))
+    meta = checkpoint.read_meta(run.last)
+    del meta["metrics"]
+    checkpoint.write_json(run.last / "meta.json", {**meta, "validation_due": True})
+    with open(run.metrics, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= 16]
+    for name in rows[-1]:
+        if name.startswith("val/"):
+            rows[-1][name] = ""
+    with open(run.metrics, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    done = home.call("resume=auto", "name=mid-validation")
+    assert done.returncode == 0, done.stderr
+    same_run(home, run.path, whole)
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(home, whole: Path) -> None:
+    run = Run(copy_as_killed(whole, "damaged", step=24))
+    state = run.last / "trainer.ckpt"
+    state.write_bytes(state.read_bytes()[:-100])
+    done = home.call("resume=auto", "name=damaged")
+    assert done.returncode == 0, done.stderr
+    assert "trainer.ckpt is damaged: its checksum differs" in done.stdout and "going back to step-16" in done.stdout
+    same_run(home, run.path, whole)
+
+
+def test_another_architecture_is_refused_by_name(home, whole: Path) -> None:
+    copy_as_killed(whole, "wider", step=24)
+    done = home.call("resume=auto", "name=wider", "model.hidden=96")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "has another architecture: model.hidden is 64 there and 96 here" in done.stderr
+
+
+def test_another_tokenizer_is_refused(home, whole: Path) -> None:
+    copy_as_killed(whole, "retokenized", step=24)
+    done = home.call("resume=auto", "name=retokenized", "tokenizer=byte", "model.vocab_size=64")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "model.vocab_size=64 is too small" in done.stderr
+    done = home.call(f"init_from={whole}", *home.tiny("name=new", "tokenizer=byte"))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "tokenizer" in done.stderr and "fingerprint" in done.stderr
+
+
+def test_a_finished_run_says_so_and_goes_on_when_asked_for_more(home, whole: Path) -> None:
+    run = Run(whole.parent.parent / "longer" / whole.name)
+    shutil.copytree(whole, run.path, symlinks=True)
+    done = home.call(f"resume={run.path}")
+    assert done.returncode == 1
+    assert "is finished at step 24: give a larger trainer.max_steps" in done.stderr
+    done = home.call(f"resume={run.path}", "trainer.max_steps=28")
+    assert done.returncode == 0, done.stderr
+    assert "note: trainer.max_steps was 24 and is 28 from here on" in done.stdout
+    assert run.read_summary()["steps"] == 28
+    assert [int(row["step"]) for row in home.rows(run.path)] == list(range(1, 29))
+
+
+def test_init_from_starts_anew_with_the_weights(home, whole: Path) -> None:
+    done = home.call(*home.tiny(f"init_from={whole}", "name=child", "trainer.max_steps=1", "optimizer.lr=0", "optimizer.adam_lr=0"))
+    assert done.returncode == 0, done.stderr
+    loaded = checkpoint.load(Run(home.only_run("child")).last)
+    parent = checkpoint.load(Run(whole).best)
+    assert loaded.meta["parent"] == str(Run(whole).best.resolve()) and loaded.meta["step"] == 1
+    assert torch.equal(loaded.model.embed.weight, parent.model.embed.weight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_an_interrupt_saves_and_says_how_to_go_on(home, whole: Path, number: signal.Signals) -> None:
+    name = f"interrupted-{number.name}"
+    process = home.start(*home.tiny(f"name={name}", ACCUMULATE, "trainer.max_steps=100000"))
+    folder = home.path / "outputs" / "train" / name
+    while not list(folder.glob("*/metrics.csv")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    run = Run(home.only_run(name))
+    step = checkpoint.read_meta(run.last)["step"]
+    last = errors.strip().splitlines()[-1]
+    assert last == f"interrupted at step {step}, saved; go on with: python -m elara.train resume={run.path}"
+    done = home.call(f"resume={run.path}", f"trainer.max_steps={step + 1}")
+    assert done.returncode == 0 and f"going on at step {step} in" in done.stdout
+
+
+HOLD = "import sys; from pathlib import Path; from elara.runs import claim; c = claim(Path(sys.argv[1])); print(1, flush=True); input()"
+
+
+def test_two_processes_cannot_train_in_one_folder(home, whole: Path) -> None:
+    folder = copy_as_killed(whole, "busy", step=16)
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, env=home.env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        done = home.call("resume=auto", "name=busy")
+        other.kill()
+    assert done.returncode == 1 and "another process is training in" in done.stderr
+
+
+def test_the_trainers_state_holds_no_weights_and_only_plain_values(whole: Path) -> None:
+    state = torch.load(Run(whole).last / "trainer.ckpt", weights_only=True)
+    assert state["state_dict"] == {}
+    assert state["optimizer_states"] and state["elara_random"]
+
+
+def conf() -> str:
+    return str(Path(__file__).resolve().parents[2] / "conf")
+
+
+def fake_run(folder: Path, overrides: list[str], precision: str = "bf16-mixed", **summary: object) -> Run:
+    run = Run(folder)
+    (folder / ".hydra").mkdir(parents=True)
+    run.overrides.write_text("\n".join(f"- {text}" for text in overrides) or "[]", "utf-8")
+    run.config.write_text(f"trainer: {{precision: {precision}}}\n", "utf-8")
+    run.summary.write_text(json.dumps(summary), "utf-8")
+    return run
+
+
+def test_arguments_without_resume_are_left_alone() -> None:
+    assert rewrite(["model=elara_tiny", "-m", "resume=null"], conf()) == ["model=elara_tiny", "-m", "resume=null"]
+
+
+def test_saved_overrides_come_back_and_those_given_now_win(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "r", ["trm.depth=3", "+trainer.fast=1", "resume=auto", "seed=4"])
+    arguments = rewrite(["--cfg", "job", f"resume={run.path}", "seed=5"], conf())
+    assert arguments[:2] == ["--cfg", "job"]
+    assert [key_of(text) for text in arguments[2:]] == [
+        "trm.depth", "trainer.fast", "seed", "trainer.precision", "resume", "hydra.run.dir"
+    ]  # fmt: skip
+    assert "seed=5" in arguments and "trainer.precision=bf16-mixed" in arguments
+    assert arguments[-1] == f"hydra.run.dir='{run.path}'"
+
+
+def test_a_folder_with_odd_signs_in_its_name_is_quoted(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "it's a, (run)", [])
+    again = rewrite(rewrite([f"resume={run.path}"], conf()), conf())
+    assert again[-1].startswith("hydra.run.dir='") and "it\\'s a, (run)" in again[-1]
+
+
+def test_another_trainer_chooses_its_own_precision(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "r", [])
+    keys = [key_of(text) for text in rewrite([f"resume={run.path}", "trainer=ddp_cpu"], conf())]
+    assert "trainer.precision" not in keys
+
