@@ -1,0 +1,142 @@
+"""What is measured: the MoE layer, the training step with and without TiDAR, cached decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from elara.bench.measure import Figure, Run, compare
+from elara.bench.naive import NaiveElara
+from elara.config import ElaraConfig, TiDARConfig
+from elara.decoding import SamplingConfig, generate
+from elara.model import ElaraLM
+from elara.model.mlp import MLP
+from elara.model.moe import MoE
+from elara.training.losses import elara_loss
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def moe_layer(config: ElaraConfig, device: torch.device, rounds: int) -> Iterator[Figure]:
+    """Routed experts (no shared one) against a dense MLP that does the same work per token, forward + backward.
+
+    Every call gets fresh tokens, so the row counts per expert are new each time, as in training.
+    """
+    tokens, width = 4096, config.model.n_embd
+    config = replace(config, moe=replace(config.moe, num_shared=0))
+    sparse = MoE(config).to(device)
+    for p in sparse.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    dense = MLP(width, config.expert_hidden * config.moe.top_k).to(device)
+
+    def run_sparse() -> Tensor:
+        x = torch.randn(1, tokens, width, device=device, requires_grad=True)
+        weights = sparse.experts.weights(device.type)
+        return sparse(x, weights)[0].float().square().mean()
+
+    def run_dense() -> Tensor:
+        x = torch.randn(1, tokens, width, device=device, requires_grad=True)
+        return dense(x).float().square().mean()
+
+    for name, dtype in PRECISIONS.items():
+        yield compare(
+            f"MoE layer / dense MLP of the same work, {name}",
+            _train(run_sparse, device, dtype, sparse),
+            _train(run_dense, device, dtype, dense),
+            target=1.35 if name == "bf16" else 1.15,
+            rounds=rounds,
+            note=f"{tokens} tokens, n_embd {width}, expert {config.expert_hidden}",
+        )
+
+
+def training_step(what: str, config: ElaraConfig, device: torch.device, rounds: int, batch: int, seq: int) -> Iterator[Figure]:
+    """Forward + backward of the AR model against the naive Elara in fp32."""
+    plain = replace(config, tidar=TiDARConfig())
+    model, naive = ElaraLM(plain).to(device), NaiveElara(plain).to(device)
+    step = _step(model, batch, seq, device)
+
+    def run_naive() -> Tensor:
+        return naive.loss(_tokens(config, batch, seq, device))
+
+    for name, dtype in PRECISIONS.items():
+        yield compare(
+            f"AR step of {what}, {name}: speed-up over naive fp32",
+            _train(step, device, dtype, model),
+            _train(run_naive, device, torch.float32, naive),
+            target=3.0 if name == "bf16" else 1.8,
+            faster=True,
+            rounds=rounds,
+            note=f"batch {batch} x {seq}",
+        )
+
+
+def tidar_step(config: ElaraConfig, device: torch.device, rounds: int, batch: int, seq: int) -> Iterator[Figure]:
+    """A step with the mask section against the AR step of the same model."""
+    reference = ElaraLM(replace(config, tidar=TiDARConfig())).to(device)
+    for fraction, target in ((0.25, 1.3), (1.0, 2.1)):
+        tidar = TiDARConfig(block_length=config.tidar.block_length or 4, block_fraction=fraction)
+        model = ElaraLM(replace(config, tidar=tidar)).to(device)
+        for name, dtype in PRECISIONS.items():
+            yield compare(
+                f"TiDAR step at block_fraction {fraction} / AR step, {name}",
+                _train(_step(model, batch, seq, device), device, dtype, model),
+                _train(_step(reference, batch, seq, device), device, dtype, reference),
+                target=target,
+                rounds=rounds,
+                note=f"batch {batch} x {seq}, blocks of {tidar.block_length}",
+            )
+
+
+def decoding(config: ElaraConfig, device: torch.device, rounds: int, new_tokens: int = 256) -> Iterator[Figure]:
+    """Greedy decoding with the KV cache against running the whole text again for every token."""
+    model = ElaraLM(replace(config, tidar=TiDARConfig())).to(device).eval()
+    prompt = _tokens(config, 1, 7, device)
+
+    def cached() -> None:
+        for _ in generate(model, prompt.tolist(), SamplingConfig(temperature=0.0, max_new_tokens=new_tokens), mode="ar"):
+            pass
+
+    @torch.no_grad()
+    def uncached() -> None:
+        text = prompt
+        for _ in range(new_tokens):
+            logits = model.ar_head(model(text).hidden[:, -1])
+            text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
+
+    yield compare(
+        "decoding with KV cache: speed-up over none",
+        cached,
+        uncached,
+        target=10.0,
+        faster=True,
+        rounds=rounds,
+        note=f"{new_tokens} new tokens, fp32",
+    )
+
+
+def _step(model: ElaraLM, batch: int, seq: int, device: torch.device) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def run() -> Tensor:
+        return elara_loss(model, _tokens(model.config, batch, seq, device), generator, mask_id=0).total
+
+    return run
+
+
+def _tokens(config: ElaraConfig, batch: int, seq: int, device: torch.device) -> Tensor:
+    return torch.randint(config.vocab_size, (batch, seq + 1), device=device)
+
+
+def _train(loss: Callable[[], Tensor], device: torch.device, dtype: torch.dtype, module: torch.nn.Module) -> Run:
+    """Forward under autocast (off for float32) and backward outside of it, as a trainer does."""
+
+    def run() -> None:
+        module.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            value = loss()
+        value.backward()
+
+    return run
