@@ -1,4 +1,4 @@
-"""Measure speed as ratios: `python -m elara.bench [cases=[moe_layer]] [rounds=9]`; a table, bench.json and bench.png."""
+"""Measure speed as ratios: `python -m elara.bench [cases=[moe_layer]] [rounds=9]` prints a table and draws it."""
 
 from __future__ import annotations
 

@@ -35,11 +35,13 @@ def moe_layer(config: ElaraConfig, device: torch.device, rounds: int) -> Iterato
     def run_sparse() -> Tensor:
         x = torch.randn(1, tokens, width, device=device, requires_grad=True)
         weights = sparse.experts.weights(device.type)
-        return sparse(x, weights)[0].float().square().mean()
+        y, _ = sparse(x, weights)
+        return y.float().square().mean()
 
     def run_dense() -> Tensor:
         x = torch.randn(1, tokens, width, device=device, requires_grad=True)
-        return dense(x).float().square().mean()
+        y: Tensor = dense(x)
+        return y.float().square().mean()
 
     for name, dtype in PRECISIONS.items():
         yield compare(
@@ -52,7 +54,9 @@ def moe_layer(config: ElaraConfig, device: torch.device, rounds: int) -> Iterato
         )
 
 
-def training_step(what: str, config: ElaraConfig, device: torch.device, rounds: int, batch: int, seq: int) -> Iterator[Figure]:
+def training_step(
+    what: str, config: ElaraConfig, device: torch.device, rounds: int, batch: int, seq: int
+) -> Iterator[Figure]:
     """Forward + backward of the AR model against the naive Elara in fp32."""
     plain = replace(config, tidar=TiDARConfig())
     model, naive = ElaraLM(plain).to(device), NaiveElara(plain).to(device)
@@ -94,9 +98,10 @@ def decoding(config: ElaraConfig, device: torch.device, rounds: int, new_tokens:
     """Greedy decoding with the KV cache against running the whole text again for every token."""
     model = ElaraLM(replace(config, tidar=TiDARConfig())).to(device).eval()
     prompt = _tokens(config, 1, 7, device)
+    greedy = SamplingConfig(temperature=0.0, max_new_tokens=new_tokens)
 
     def cached() -> None:
-        for _ in generate(model, prompt.tolist(), SamplingConfig(temperature=0.0, max_new_tokens=new_tokens), mode="ar"):
+        for _ in generate(model, prompt.tolist(), greedy, mode="ar"):
             pass
 
     @torch.no_grad()

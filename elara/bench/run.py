@@ -47,9 +47,10 @@ def run(names: list[str], rounds: int, device: str, threads: int | None, folder:
 
 def _size(name: str, **changes: int) -> ElaraConfig:
     """The architecture of a size with all three ideas on."""
-    composed = compose("train", overrides=[f"model={name}", *(f"model.{key}={value}" for key, value in changes.items())])
+    sizes = [f"model.{key}={value}" for key, value in changes.items()]
+    composed = compose("train", overrides=[f"model={name}", *sizes])
     groups = {group: OmegaConf.to_container(composed[group]) for group in ("model", "moe", "trm", "tidar")}
-    config = ElaraConfig.from_dict(groups)  # type: ignore[arg-type]
+    config = ElaraConfig.from_dict(groups)
     return replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or CHARACTERS))
 
 
