@@ -35,7 +35,7 @@ def moe_layer(config: ElaraConfig, device: torch.device, rounds: int) -> Iterato
     def run_sparse() -> Tensor:
         x = torch.randn(1, tokens, width, device=device, requires_grad=True)
         weights = sparse.experts.weights(device.type)
-        y, _ = sparse(x, weights)
+        y: Tensor = sparse(x, weights)[0]
         return y.float().square().mean()
 
     def run_dense() -> Tensor:

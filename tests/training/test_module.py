@@ -94,17 +94,17 @@ def plain_loop(model: ElaraLM, module: ElaraModule) -> list[dict[str, float]]:
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * module._schedule(step)
         optimizer.zero_grad()
-        total, ar, load = 0.0, 0.0, torch.zeros(4)
+        total, ar, load = 0.0, 0.0, torch.zeros(2, 4)  # (passes, experts)
         for micro in range(MICRO):
             index = step * MICRO + micro
             generator = module._seeded("train", index, 0)
             losses = elara_loss(model, Tokens()[index], generator, MASK)
             (losses.total / MICRO).backward()
             total, ar = total + losses.total.item() / MICRO, ar + losses.ar.item() / MICRO
-            load += losses.routing.load[0, :, CLEAN].sum(0)
+            load += losses.routing.load[0, :, CLEAN]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-        router.selection_bias += 0.01 * torch.sign(load.mean() - load)
+        router.selection_bias += 0.01 * torch.sign(load.mean(1, keepdim=True) - load)
         rows.append({"loss": total, "loss_ar": ar, "grad_norm": float(norm), "lr": 1e-2 * module._schedule(step)})
     return rows
 
