@@ -64,7 +64,8 @@ def exported_tensors(config: ElaraConfig, *, unrolled: bool) -> Iterator[tuple[s
             tensors |= _mlp("", (), m.hidden, n)
         else:
             hidden = config.expert_hidden
-            tensors |= {"ffn_gate_inp.weight": (moe.num_experts, n), "exp_probs_b": (moe.num_experts,)}
+            bias = (moe.num_experts,) if unrolled else (config.trm.max_depth, moe.num_experts)  # one per pass
+            tensors |= {"ffn_gate_inp.weight": (moe.num_experts, n), "exp_probs_b": bias}
             tensors |= _mlp("_exps", (moe.num_experts,), hidden, n)
             tensors |= _mlp("_shexp", (), hidden * moe.num_shared, n) if moe.num_shared else {}
         for name, shape in tensors.items():
@@ -86,7 +87,7 @@ def tensor_type(name: str, shape: tuple[int, ...], format: str, layer: int, laye
     Vectors and the router stay F32. Q4_K_M keeps the tied embedding, and attn_v and ffn_down of about half of the
     layers, at Q6_K; a model of exactly eight experts gets attn_k and attn_v at Q8_0 and attn_output at Q5_K.
     """
-    if format == "fp32" or len(shape) < 2 or "ffn_gate_inp" in name:
+    if format == "fp32" or len(shape) < 2 or "ffn_gate_inp" in name or "exp_probs_b" in name:
         return "F32"
     if format == "bf16":
         return "BF16"
