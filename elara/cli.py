@@ -101,7 +101,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
-        return "out of memory: lower data.batch_size (raise trainer.accumulate_grad_batches), or set trm.checkpoint=true"
+        return (
+            "out of memory: lower data.batch_size and raise trainer.accumulate_grad_batches, or set trm.checkpoint=true"
+        )
     return _unexpected(error)
 
 
@@ -171,7 +173,8 @@ def _failed_target(error: InstantiationException) -> str:
         known = list(inspect.signature(hydra.utils.get_object(target[1])).parameters) if target else []
         key = f"{where}.{bad[1]}" if where else bad[1]
         close = nearest(bad[1], known, f"{where}." if where else "")
-        return f"unknown key '{key}'{close}: {target[1].rpartition('.')[2] if target else 'its class'} takes no such argument"
+        taker = target[1].rpartition(".")[2] if target else "its class"
+        return f"unknown key '{key}'{close}: {taker} takes no such argument"
     return f"{where}: {message}" if where else message
 
 

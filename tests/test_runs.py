@@ -95,7 +95,14 @@ def test_a_missing_checkpoint_says_what_to_do(home: Path, where: str | None) -> 
         runs.find_checkpoint(where)
 
 
-HOLD = "import sys; from pathlib import Path; from elara.runs import claim; c = claim(Path(sys.argv[1])); print('held', flush=True); input()"
+HOLD = """
+import sys
+from pathlib import Path
+from elara.runs import claim
+lock = claim(Path(sys.argv[1]))
+print("held", flush=True)
+input()
+"""
 
 
 def test_one_process_at_a_time_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 WRONG = {
     "model.n_emdb=3": ["unknown key 'model.n_emdb'", "did you mean 'model.n_embd'?", "context_length"],
-    "model=elara_2p8": ["there is no model=elara_2p8", "did you mean 'elara_2p8b'?", "elara_124m, elara_2p8b, elara_nano"],
+    "model=elara_2p8": ["there is no model=elara_2p8", "did you mean 'elara_2p8b'?", "choices: elara_124m, elara_2p8b"],
     "modle=elara_nano": ["'modle'", "did you mean 'model'?"],
     "model.n_layer=many": ["model.n_layer", "'many'", "Integer"],
     "trainer.max_step=3": ["unknown key 'trainer.max_step'", "did you mean 'trainer.max_steps'?"],
@@ -44,7 +44,7 @@ WRONG = {
     "trainer.max_steps=many": ["trainer.max_steps=many", "whole number"],
     "trainer.val_check_interval=0.5": ["trainer.val_check_interval=0.5", "whole number"],
     "~callbacks.sample": ["callbacks.sample"],
-    "callbacks.samples.tempreature=1": ["unknown key 'callbacks.samples.tempreature'", "'callbacks.samples.temperature'"],
+    "callbacks.samples.tempreature=1": ["'callbacks.samples.tempreature'", "'callbacks.samples.temperature'"],
     "+callbacks.samples.tempreature=1": ["tempreature"],
     "callbacks.checkpoint.keep=0": ["callbacks.checkpoint", "at least 1"],
     "optimizer=adam": ["there is no optimizer=adam", "did you mean 'adamw'?"],
@@ -71,7 +71,7 @@ def test_a_mistake_is_one_line_that_names_it(cli, argument: str, tmp_path: Path)
     for part in WRONG[argument]:
         assert part in err
     assert out == ""
-    assert not list(tmp_path.glob("outputs/train/*/*"))  # and no empty run is left to be resumed
+    assert not list(tmp_path.glob("outputs/**/.hydra"))  # and no empty run is left to be resumed
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine has a GPU")

@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from elara.config import MoEConfig, ModelConfig, TiDARConfig, TRMConfig
+from elara.config import ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.data.config import DataConfig
 from elara.tokenizer.config import TokenizerConfig
 

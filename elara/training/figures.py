@@ -119,7 +119,7 @@ def expert_load(columns: Columns, title: str) -> Figure | None:
     if not places:
         return None
     figure = Figure(figsize=(9, 1.6 + 0.85 * len(places) + 2.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[0.85 * len(places) + 0.8, 2.6])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[0.85 * len(places) + 0.8, 2.6])  # type: ignore[misc]
     rows = np.atleast_1d(upper.subplots(len(places), 1, sharex=True))
     image = None
     for axes, place in zip(rows, places, strict=True):
@@ -137,7 +137,7 @@ def expert_load(columns: Columns, title: str) -> Figure | None:
     for i, place in enumerate(places):
         steps, values = _points(columns, f"{place}/max_vio")
         axes.plot(steps, _smooth(values), linewidth=1.4, label=_place_words(place, line=True), color=f"C{i}")
-    axes.set(title="MaxVio: the fullest expert's excess over the mean", xlabel="optimizer steps", ylabel="max / mean - 1")
+    axes.set(title="MaxVio: excess of the fullest expert", xlabel="optimizer steps", ylabel="max load / mean load - 1")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, ncols=2)
     figure.suptitle(title, x=0.01, ha="left", color=GREY, fontsize=9)

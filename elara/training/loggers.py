@@ -113,7 +113,7 @@ def wandb(folder: str, *, project: str, mode: str, name: str | None = None, enti
     if mode not in ("auto", "online", "offline"):
         raise ElaraError(f"logger.wandb.mode={mode} must be auto, online or offline")
     os.environ.setdefault("WANDB_SILENT", "true")
-    first = rank_zero_only.rank in (None, 0)  # other ranks log nothing
+    first = getattr(rank_zero_only, "rank", 0) in (None, 0)  # other ranks log nothing
     online = first and mode != "offline" and _log_in(package, must=mode == "online")
     note = Path(folder) / "wandb_id"
     identity = note.read_text("utf-8").strip() if note.exists() else uuid.uuid4().hex[:8]

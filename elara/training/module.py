@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,6 +19,7 @@ from elara.training.balance import LoadBalancer, add_loads
 from elara.training.losses import elara_loss
 from elara.training.metrics import Means, loss_figures
 from elara.training.schedules import Factor
+
 
 class ElaraModule(lightning.LightningModule):
     """Losses, optimizer step and balance of one model.
@@ -66,6 +68,11 @@ class ElaraModule(lightning.LightningModule):
         """Whether this micro-batch is the last one of its optimizer step."""
         return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
+    @property
+    def logs(self) -> bool:
+        """Whether the figures of the step just done are to be logged."""
+        return self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined,no-any-return]
+
     def validates(self, batch_idx: int) -> bool:
         """Whether a validation follows this micro-batch."""
         every = self.trainer.val_check_batch
@@ -74,7 +81,7 @@ class ElaraModule(lightning.LightningModule):
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """tokens: (batch, seq + 1) ids with -1 for padding. Returns the loss of this micro-batch."""
-        torch.set_autocast_cache_enabled(True)  # Lightning's autocast has it off; recursion casts each weight twice then
+        torch.set_autocast_cache_enabled(True)  # Lightning has it off; recursion would cast each weight once per pass
         generator = self._seeded("train", batch_idx, self.global_rank)
         losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, depth=self._depth())
         self.balancer.add(losses.routing)
@@ -130,9 +137,10 @@ class ElaraModule(lightning.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(dict(figures), step=self.step)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self._optimizer(self.model)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._schedule), "interval": "step"}}
+        schedule = LambdaLR(optimizer, self._schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Hand the weights over to `elara.checkpoint`, which stores them once, apart from the trainer's state."""

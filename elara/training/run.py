@@ -205,8 +205,8 @@ def restore(parts: Parts, found: list[Path]) -> Start:
         except ElaraError as error:
             errors.append(error)
             continue
-        for error in errors:
-            say(f"note: {error}; going back to {path.name}")
+        for problem in errors:
+            say(f"note: {problem}; going back to {path.name}")
         parts.module.resumed_step = meta["step"]
         data = parts.data
         parts.data.position = meta["windows"] // (data.data.batch_size * parts.trainer.world_size)
@@ -292,7 +292,7 @@ def report(parts: Parts, here: Run) -> None:
     if text := last_sample(here.samples):
         lines += ["", "it writes:", "", text.strip(), ""]
     if here.last.exists():
-        lines.append(f"next: python -m elara.sample checkpoint={shell(shown(here.path))} prompt=\"ROMEO:\"")
+        lines.append(f'next: python -m elara.sample checkpoint={shell(shown(here.path))} prompt="ROMEO:"')
     print("\n".join(lines), flush=True)
 
 

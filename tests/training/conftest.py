@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,6 @@ class Home:
 
     path: Path
     text: Path
-    environment: dict[str, str] = field(default_factory=dict)
 
     def command(self, *overrides: str, module: str = "elara.train") -> list[str]:
         return [sys.executable, "-m", module, *overrides]
@@ -83,7 +82,7 @@ class Home:
     def env(self) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "WANDB_API_KEY")}
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        return {**inherited, "PYTHONPATH": paths, "ELARA_HOME": str(self.path), "OMP_NUM_THREADS": "1", **self.environment}
+        return {**inherited, "PYTHONPATH": paths, "ELARA_HOME": str(self.path), "OMP_NUM_THREADS": "1"}
 
     def tiny(self, *overrides: str) -> list[str]:
         return [*TINY, f"data.path={self.text}", *overrides]

@@ -81,14 +81,15 @@ def fit(module: ElaraModule, **options: Any) -> dict[int, dict[str, float]]:
             callbacks=[Metrics()], log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, limit_val_batches=0, **options,
         )  # fmt: skip
-        trainer.fit(module, DataLoader(Tokens(), batch_size=None, sampler=Endless()))  # type: ignore[arg-type]
+        trainer.fit(module, DataLoader(Tokens(), batch_size=None, sampler=Endless()))
     return rows.rows
 
 
 def plain_loop(model: ElaraLM, module: ElaraModule) -> list[dict[str, float]]:
     """The same six steps by hand, with the balance written out."""
     optimizer = module._optimizer(model)
-    router = model.blocks[1].mlp.router  # type: ignore[union-attr]
+    block: Any = model.blocks[1]
+    router = block.mlp.router
     rows = []
     for step in range(6):
         for group in optimizer.param_groups:
@@ -131,7 +132,8 @@ def test_bf16_autocast_follows_float32_closely() -> None:
 
 def test_a_step_is_a_pure_function_of_seed_and_place() -> None:
     module = make_module(make_model())
-    draws = [torch.rand(3, generator=module._seeded("train", *place)).tolist() for place in [(7, 0), (8, 0), (7, 1), (7, 0)]]
+    places = [(7, 0), (8, 0), (7, 1), (7, 0)]
+    draws = [torch.rand(3, generator=module._seeded("train", *place)).tolist() for place in places]
     assert draws[0] == draws[3]
     assert draws[0] != draws[1] and draws[0] != draws[2]
 

@@ -144,7 +144,8 @@ def test_a_finished_run_says_so_and_goes_on_when_asked_for_more(home, whole: Pat
 
 
 def test_init_from_starts_anew_with_the_weights(home, whole: Path) -> None:
-    done = home.call(*home.tiny(f"init_from={whole}", "name=child", "trainer.max_steps=1", "optimizer.lr=0", "optimizer.adam_lr=0"))
+    still = ["trainer.max_steps=1", "optimizer.lr=0", "optimizer.adam_lr=0"]
+    done = home.call(*home.tiny(f"init_from={whole}", "name=child", *still))
     assert done.returncode == 0, done.stderr
     loaded = checkpoint.load(Run(home.only_run("child")).last)
     parent = checkpoint.load(Run(whole).best)
@@ -170,7 +171,14 @@ def test_an_interrupt_saves_and_says_how_to_go_on(home, whole: Path, number: sig
     assert done.returncode == 0 and f"going on at step {step} in" in done.stdout
 
 
-HOLD = "import sys; from pathlib import Path; from elara.runs import claim; c = claim(Path(sys.argv[1])); print(1, flush=True); input()"
+HOLD = """
+import sys
+from pathlib import Path
+from elara.runs import claim
+lock = claim(Path(sys.argv[1]))
+print("held", flush=True)
+input()
+"""
 
 
 def test_two_processes_cannot_train_in_one_folder(home, whole: Path) -> None:
@@ -227,4 +235,3 @@ def test_another_trainer_chooses_its_own_precision(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "r", [])
     keys = [key_of(text) for text in rewrite([f"resume={run.path}", "trainer=ddp_cpu"], conf())]
     assert "trainer.precision" not in keys
-

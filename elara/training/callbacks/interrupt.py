@@ -39,9 +39,8 @@ class Interrupt(Callback):
         if saver is None:
             raise Interrupted(f"interrupted at step {trainer.global_step}; nothing was saved (no checkpoint callback)")
         saver.save(trainer, module)
-        raise Interrupted(
-            f"interrupted at step {trainer.global_step}, saved; go on with: python -m elara.train resume={saver.run.path}"
-        )
+        how = f"python -m elara.train resume={saver.run.path}"
+        raise Interrupted(f"interrupted at step {trainer.global_step}, saved; go on with: {how}")
 
     def _agreed(self, trainer: Trainer) -> bool:
         """Whether any rank was asked to stop. Ranks compare notes only now and then, as that makes them wait."""

@@ -20,7 +20,7 @@ class Metrics(Callback):
     """
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        if not module.step_ends(batch_idx) or trainer.global_step % trainer.log_every_n_steps:
+        if not module.step_ends(batch_idx) or not module.logs:
             return
         figures = {f"train/{name}": value for name, value in module.train_means.read().items()}
         figures |= loss_figures("train", figures["train/loss_ar"], module.chars_per_token)

@@ -90,7 +90,7 @@ class Throughput(Callback):
         if not module.step_ends(batch_idx):
             return
         self._steps += 1
-        if trainer.global_step % trainer.log_every_n_steps or self._since is None:
+        if not module.logs or self._since is None:
             return
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
