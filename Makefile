@@ -6,6 +6,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
 CORE := .venv/.core
 DEV := .venv/.dev
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup data train sample verify bench test test-all lint clean distclean force
@@ -38,7 +39,7 @@ bench: $(CORE) ## measure the promised speed ratios, each beside its reference
 	@$(PY) -m elara.bench $(ARGS)
 
 test: $(DEV) ## the fast tests, with the coverage of model and decoding
-	@$(PY) -m pytest -m "not slow" --cov --cov-report=term
+	@$(PY) -m pytest -m "not slow" $(PARALLEL) --cov --cov-report=term
 
 test-all: test ## the fast tests, then the slow ones and those with a real counterpart
 	@$(PY) -m pytest -m slow
