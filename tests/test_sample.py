@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 FIGURES = r"\n\n\[(\d+) tokens, [\d.]+ tokens/s, ([\d.]+) tokens per forward, mode (\w+)\]\n$"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = CharTokenizer("abc :\nROMEO")

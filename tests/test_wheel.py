@@ -40,7 +40,7 @@ def test_every_package_is_listed() -> None:
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh environment with the core installed from a wheel, torch in the version of the constraints."""
     folder = tmp_path_factory.mktemp("wheel")

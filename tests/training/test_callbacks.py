@@ -21,7 +21,7 @@ from elara.training.callbacks.samples import last_sample, write_samples
 from elara.training.callbacks.throughput import flops_per_token, peak_flops
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(session_home) -> tuple[Run, str]:
     """A run that validated four times, and what it printed."""
     often = ["trainer.max_steps=14", "trainer.val_check_interval=4", "callbacks.progress.every=0"]

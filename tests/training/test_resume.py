@@ -22,7 +22,7 @@ from elara.training.resume import key_of, rewrite
 ACCUMULATE = "trainer.accumulate_grad_batches=2"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(session_home) -> Path:
     """An uninterrupted run of 24 steps."""
     done = session_home.call(*session_home.tiny("name=whole", ACCUMULATE))
