@@ -76,10 +76,14 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
 
 def fail(error: BaseException) -> NoReturn:
     """Print one line for `error` and end the process."""
-    code = EXIT_INTERRUPTED if isinstance(error, (Interrupted, KeyboardInterrupt)) else 1
+    interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
     line = " ".join(explain(error).split())
-    print(line if code == EXIT_INTERRUPTED else f"error: {line}", file=sys.stderr)
-    raise SystemExit(code)
+    rank = os.environ.get("LOCAL_RANK", "0")  # of this process in a data-parallel run
+    if rank != "0":
+        line = f"(rank {rank}) {line}"
+    if not (interrupted and rank != "0"):
+        print(line if interrupted else f"error: {line}", file=sys.stderr)
+    raise SystemExit(EXIT_INTERRUPTED if interrupted else 1)
 
 
 def explain(error: BaseException) -> str:

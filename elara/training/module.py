@@ -56,7 +56,7 @@ class ElaraModule(lightning.LightningModule):
         self.lr = 0.0  # rate of the last step, first parameter group
         self.latest: dict[str, float] = {}  # newest value of every figure recorded
         self.resumed_step = 0  # where training goes on, before the trainer has read its own state
-        self.validated_step = -1
+        self.saved_weights: dict[str, Tensor] = {}  # passes from the trainer's checkpoint to ours
         self._generator = torch.Generator()
 
     @property
@@ -127,7 +127,6 @@ class ElaraModule(lightning.LightningModule):
         """Record the figures of the whole validation under val/."""
         figures = {f"val/{name}": value for name, value in self.val_means.read().items()}
         figures |= loss_figures("val", figures["val/loss_ar"], self.chars_per_token)
-        self.validated_step = self.step
         self.record(figures)
         self.log_dict(figures, logger=False)  # for callbacks that monitor, e.g. EarlyStopping; the same on every rank
 

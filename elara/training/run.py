@@ -290,9 +290,10 @@ def report(parts: Parts, here: Run) -> None:
         if path.exists():
             lines.append(f"  {what + ':':<11} {shown(path)}")
     if text := last_sample(here.samples):
-        lines += ["", "it writes:", "", text.strip(), ""]
+        lines += ["", "a sample, the prompt in brackets:", "", text.strip(), ""]
     if here.last.exists():
-        lines.append(f'next: python -m elara.sample checkpoint={shell(shown(here.path))} prompt="ROMEO:"')
+        prompt = "ROMEO:" if parts.data.data.source == "shakespeare" else ""
+        lines.append(f'next: python -m elara.sample checkpoint={shell(shown(here.path))} prompt="{prompt}"')
     print("\n".join(lines), flush=True)
 
 

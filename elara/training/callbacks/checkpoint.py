@@ -71,12 +71,13 @@ class Checkpoint(Callback):
             logger.save()  # a row that the checkpoint lies behind must not be lost with the process
         if not trainer.is_global_zero:
             trainer.save_checkpoint(self.run.path / "unused")  # takes part in gathering the shards
+            module.saved_weights = {}
             return
 
         def trainer_state(path: Path) -> Mapping[str, Tensor]:
             trainer.save_checkpoint(path)
             weights: Mapping[str, Tensor] = module.saved_weights
-            del module.saved_weights
+            module.saved_weights = {}
             return weights
 
         folder = self.run.path / "checkpoints" / f"step-{step}"

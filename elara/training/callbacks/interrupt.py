@@ -22,13 +22,13 @@ class Interrupt(Callback):
         self._asked = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
-            raise KeyboardInterrupt
+            raise Interrupted("stopped at once; what came behind the last checkpoint is lost")
         self._asked = True
         os.write(2, b"\nstopping behind this step (once more: at once)\n")  # print is not safe in a signal handler
 
@@ -51,7 +51,7 @@ class Interrupt(Callback):
         asked = torch.tensor(float(self._asked), device=trainer.strategy.root_device)
         return bool(trainer.strategy.reduce(asked, reduce_op="sum"))
 
-    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+    def teardown(self, trainer: Trainer, module: Any, stage: str) -> None:
         self._restore()
 
     def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:

@@ -9,37 +9,47 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
 
 from elara.decoding import SamplingConfig, complete
 from elara.runs import Run
 
 HEADER = "==== step {step} ===="
+HELD_OUT = 48  # tokens of the held-out text that stand in for a missing prompt
 
 
 class Samples(Callback):
-    """Writes one sample per prompt after every `every`-th validation and after the last step.
+    """Writes one sample per prompt, the prompt in brackets, after every `every`-th validation and the last step.
 
     Sharded models (FSDP) are passed over: their weights are not whole on any rank.
 
     Args:
         folder: the run folder.
-        prompts: texts to continue; an empty one begins a document.
+        prompts: texts to continue, "" begins a document; None: the first words of the held-out text.
         every: validations from one sample to the next.
         sampling: keys of `elara.decoding.SamplingConfig`.
     """
 
-    def __init__(self, folder: str, prompts: list[str], every: int = 1, **sampling: Any) -> None:
+    def __init__(self, folder: str, prompts: list[str] | None = None, every: int = 1, **sampling: Any) -> None:
         self.path = Run(Path(folder)).samples
-        self.prompts = list(prompts)
+        self.prompts = None if prompts is None else list(prompts)
         self.every = every
         self.sampling = SamplingConfig(**sampling)
         self._validations = 0
+        self._first: list[int] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self._validations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._validations = state["validations"]
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, module: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0:
+            length = min(HELD_OUT, module.model.config.model.context_length // 2)
+            self._first = [token for token in batch[0, :length].tolist() if token >= 0]
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         self._validations += 1
@@ -49,9 +59,9 @@ class Samples(Callback):
         if self._validations % self.every and not last:
             return
         written = []
-        for prompt in self.prompts:
+        for prompt in [module.tokenizer.decode(self._first)] if self.prompts is None else self.prompts:
             done = complete(module.model, module.tokenizer, prompt, self.sampling)
-            written.append(prompt + done.text)
+            written.append(f"[{prompt}]{done.text}" if prompt else done.text)
         write_samples(self.path, module.step, written)
         for logger in trainer.loggers:
             text = "\n\n----\n\n".join(written)
