@@ -16,7 +16,7 @@ from elara.errors import ElaraError
 from elara.model import ElaraLM
 from elara.tokenizer import Tokenizer
 from elara.training.balance import LoadBalancer, add_loads
-from elara.training.losses import elara_loss
+from elara.training.losses import Losses, elara_loss
 from elara.training.metrics import Means, loss_figures
 from elara.training.schedules import Factor
 
@@ -48,7 +48,9 @@ class ElaraModule(lightning.LightningModule):
         self.strict_loading = False  # the trainer's state holds no weights: they come from model.safetensors
         self._optimizer, self._schedule = optimizer, schedule
         self.balancer = LoadBalancer(model, model.config.moe.bias_update_rate)
-        losses = ("loss", "loss_ar", "loss_diffusion") if model.config.tidar.block_length else ("loss", "loss_ar")
+        losses = ["loss", "loss_ar"]
+        losses += ["loss_diffusion"] if model.config.tidar.block_length else []
+        losses += ["moe_penalty"] if model.config.moe.balance_loss or model.config.moe.z_loss else []
         self.train_means = Means(losses)
         self.grad_means = Means(("grad_norm",))
         self.val_means = Means(losses)
@@ -85,7 +87,7 @@ class ElaraModule(lightning.LightningModule):
         generator = self._seeded("train", batch_idx, self.global_rank)
         losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, depth=self._depth())
         self.balancer.add(losses.routing)
-        self.train_means.update([x for x in (losses.total, losses.ar, losses.diffusion) if x is not None])
+        self.train_means.update(self._parts(losses))
         return losses.total
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
@@ -120,8 +122,7 @@ class ElaraModule(lightning.LightningModule):
         """Losses with the same mask sections at every validation."""
         generator = self._seeded("val", batch_idx, self.global_rank)
         losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id)
-        values = [x for x in (losses.total, losses.ar, losses.diffusion) if x is not None]
-        self.val_means.update(values, (tokens[:, 1:] >= 0).sum())
+        self.val_means.update(self._parts(losses), (tokens[:, 1:] >= 0).sum())
 
     def on_validation_epoch_end(self) -> None:
         """Record the figures of the whole validation under val/."""
@@ -149,6 +150,12 @@ class ElaraModule(lightning.LightningModule):
             if name.startswith("model.")
         }
         checkpoint["state_dict"] = {}
+
+    def _parts(self, losses: Losses) -> list[Tensor]:
+        """The scalars that `train_means` and `val_means` name."""
+        parts = {"loss": losses.total, "loss_ar": losses.ar, "loss_diffusion": losses.diffusion}
+        parts["moe_penalty"] = losses.penalty
+        return [value for name in self.train_means.names if (value := parts[name]) is not None]
 
     def _depth(self) -> int | None:
         """Recursion depth of this step, the same for all its micro-batches and ranks; None = the model's own."""

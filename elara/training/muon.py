@@ -18,7 +18,7 @@ _STEPS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-# All but the last map a little below 1: what bf16 rounds beyond 1, the next quintic would throw far off (the authors' code)
+# All but the last map a little below 1 (the authors' code): what bf16 rounds beyond 1, the next would throw far off
 _SAFE_STEPS = (*((a / 1.02, b / 1.02**3, c / 1.02**5) for a, b, c in _STEPS[:-1]), _STEPS[-1])
 
 

@@ -123,6 +123,15 @@ def test_lightning_computes_what_a_plain_loop_does() -> None:
         assert torch.equal(a, b), name
 
 
+def test_router_penalties_are_logged_and_part_of_the_loss() -> None:
+    model = make_model()
+    model.config.moe.balance_loss = 0.1
+    row = fit(make_module(model))[1]
+    parts = row["train/loss_ar"] + 0.5 * row["train/loss_diffusion"] + row["train/moe_penalty"]
+    assert row["train/moe_penalty"] > 0
+    assert row["train/loss"] == pytest.approx(parts, rel=1e-6)
+
+
 def test_bf16_autocast_follows_float32_closely() -> None:
     full = fit(make_module(make_model()))
     mixed = fit(make_module(make_model()), precision="bf16-mixed")

@@ -68,6 +68,14 @@ def test_two_processes_resume_exactly_too(home) -> None:
     same_run(home, run, home.only_run("ddp"))
 
 
+def test_validating_and_sampling_leave_no_trace_in_training(home, whole: Path) -> None:
+    done = home.call(*home.tiny("name=quiet", ACCUMULATE, "trainer.val_check_interval=24"))
+    assert done.returncode == 0, done.stderr
+    pairs = zip(home.rows(home.only_run("quiet")), home.rows(whole), strict=True)
+    for quiet, row in pairs:
+        assert {k: v for k, v in quiet.items() if "val/" not in k} == {k: v for k, v in row.items() if "val/" not in k}
+
+
 def copy_as_killed(whole: Path, name: str, *, step: int) -> Path:
     """A copy of a finished run as it would look had it been killed after the checkpoint of `step` was saved."""
     folder = whole.parent.parent / name / whole.name
