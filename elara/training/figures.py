@@ -85,7 +85,7 @@ def loss_curves(columns: Columns, title: str) -> Figure | None:
             axes.plot(held_steps, held, "o-", color=ORANGE, markersize=4, linewidth=1.4, label="held-out text")
             best = int(np.argmin(held))
             axes.annotate(f"{held[best]:.3f}", (held_steps[best], held[best]), textcoords="offset points",
-                          xytext=(0, 9), ha="center", color=ORANGE, fontweight="bold")  # fmt: skip
+                          xytext=(0, 9), ha="right", color=ORANGE, fontweight="bold")  # fmt: skip
         axes.set_ylim(*_limits(np.concatenate([_smooth(values), held])))
         axes.set(title=words[head], xlabel="optimizer steps", ylabel="cross entropy (nats per token)")
         axes.legend()
