@@ -22,7 +22,8 @@ DEPTHS, WINDOWS = (1, 2, 3, 4), 400
 def losses(run: str) -> list[float]:
     """AR loss in nats per character at each depth, over windows spread evenly over the held-out plays."""
     loaded = checkpoint.load(find_checkpoint(run))
-    (folder,) = (project_root() / "data" / "prepared").glob("shakespeare_char-*")
+    prepared = (project_root() / "data" / "prepared").glob("shakespeare_char-*")
+    folder = max(prepared, key=lambda path: path.stat().st_mtime)
     tokens = torch.from_numpy(open_prepared(folder).val.tokens.astype("int64"))
     seq = loaded.config.model.context_length
     starts = torch.linspace(0, len(tokens) - seq - 2, WINDOWS).long()
