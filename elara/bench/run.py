@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ def run(names: list[str], rounds: int, device: str, threads: int | None, folder:
     if threads is not None:
         torch.set_num_threads(threads)
     on = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    console, figures = Console(), []
+    console, figures = Console(width=None if sys.stdout.isatty() else 150), []
     for name in names:
         for figure in CASES[name](on, rounds):
             console.print(f"{figure.name}: {figure.ratio:.2f}", highlight=False, soft_wrap=True)

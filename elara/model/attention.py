@@ -119,7 +119,9 @@ def _rotate(x: Tensor, view: View) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
     """Attention of q (batch, heads, queries, dim) over k, v (batch, kv heads, keys, dim); True in `mask` is visible."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= PLAIN_LIMIT:
+    chunk_of_masks = mask is not None and q.shape[2] <= CHUNK
+    short = q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= PLAIN_LIMIT
+    if q.device.type == "cpu" and (chunk_of_masks or short):
         return _attend_plain(q, k, v, mask, causal=causal)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
@@ -134,4 +136,4 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causa
     scores = q @ k.transpose(2, 3)
     bias = 0.0 if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
     weights = torch.add(bias, scores, alpha=q.shape[3] ** -0.5) if mask is not None else scores * q.shape[3] ** -0.5
-    return weights.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    return weights.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
