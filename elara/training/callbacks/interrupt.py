@@ -22,7 +22,8 @@ class Interrupt(Callback):
         self._asked = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        # Behind Lightning, whose own SIGTERM handler would end the run between two hooks, unsaved and with exit code 0
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._ask)
 
