@@ -56,9 +56,9 @@ def _size(name: str, **changes: int) -> ElaraConfig:
 
 
 def _training_step(device: torch.device, rounds: int) -> Iterator[Figure]:
-    # two blocks of the 2.8 B model without its vocabulary: its proportions, in a size that a CPU can repeat
-    seed = _size("elara_2p8b", n_layer=2, vocab_size=2048)
-    yield from cases.training_step("two blocks of elara_2p8b", seed, device, max(3, rounds // 2), 8, 64)
+    # two blocks at half the width, without the vocabulary: the 2.8 B model's proportions in a size that a CPU can repeat
+    seed = _size("elara_2p8b", n_layer=2, n_embd=640, hidden=2048, vocab_size=2048)
+    yield from cases.training_step("elara_2p8b's proportions", seed, device, max(3, rounds // 2), 8, 256)
     nano = _size("elara_nano")
     yield from cases.training_step("elara_nano", nano, device, rounds, 8, nano.model.context_length)
 
