@@ -56,7 +56,7 @@ def _size(name: str, **changes: int) -> ElaraConfig:
 
 
 def _training_step(device: torch.device, rounds: int) -> Iterator[Figure]:
-    # two blocks at half the width, without the vocabulary: the 2.8 B model's proportions in a size that a CPU can repeat
+    # two blocks at half the width, without the vocabulary: the 2.8 B model's proportions, small enough for a CPU
     seed = _size("elara_2p8b", n_layer=2, n_embd=640, hidden=2048, vocab_size=2048)
     yield from cases.training_step("elara_2p8b's proportions", seed, device, max(3, rounds // 2), 8, 256)
     nano = _size("elara_nano")
