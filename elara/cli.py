@@ -49,9 +49,6 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
     one line on stderr that begins with `error:`; an interrupt ends it with 130.
     """
     register_resolvers()
-    # torch's threads wait for each other at every operation: beside one other busy process, spinning as long as they do
-    # by default made a step 5 times slower on two cores. Read when torch is loaded, which is later.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     @functools.wraps(task)
