@@ -65,6 +65,8 @@ class TiDARConfig:
     schedule: str = "full"  # full: every section token is [MASK]; linear | cosine: a random share, for denoising
     loss_weight: float = 0.5  # loss = AR + loss_weight * diffusion
     tie_head: bool = False  # share the diffusion head's weight with the embedding
+    draft_routing: str = "token"  # experts of a draft block's masks: token = each its own, block = one choice for the
+    # block, anchor = those of the last clean token before the block
 
 
 @dataclass
@@ -150,6 +152,8 @@ def _check(config: ElaraConfig) -> None:
         (0 < tidar.block_fraction <= 1, f"tidar.block_fraction={tidar.block_fraction} must be in (0, 1]"),
         (tidar.schedule in ("full", "linear", "cosine"),
          f"tidar.schedule={tidar.schedule} must be full, linear or cosine"),
+        (tidar.draft_routing in ("token", "block", "anchor"),
+         f"tidar.draft_routing={tidar.draft_routing} must be token, block or anchor"),
     ]
     for ok, message in rules:
         if not ok:

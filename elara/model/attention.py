@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from elara.config import ElaraConfig
 from elara.model.cache import KVCache
+from elara.model.moe import DraftRouting
 from elara.model.norm import RMSNorm
 from elara.model.section import MaskSection
 
@@ -27,8 +28,10 @@ class View:
 
     seq: clean tokens; the section's tokens follow them on the sequence axis.
     cos, sin: (1 or batch, seq + section, 1, head_dim).
-    visible: boolean mask of the clean queries, (1 or batch, 1, seq, keys), or None for plain causal or full view.
-    chunks: the section's queries as (first token, last token, clean keys to read, boolean mask or None).
+    visible: boolean mask of the queries that `chunks` leaves, (1 or batch, 1, queries, keys), or None for plain causal
+        or full view. With a cache these are all: the section's keys stand behind the clean ones, for this pass only.
+    chunks: without a cache, the section's queries as (first token, last token, clean keys to read, boolean mask).
+    drafts: how the section finds its experts.
     """
 
     seq: int
@@ -38,6 +41,7 @@ class View:
     causal: bool
     chunks: list[tuple[int, int, int, Tensor]]
     cache: KVCache | None
+    drafts: DraftRouting | None
 
 
 def rope_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -50,6 +54,23 @@ def rope_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, 
     angle = positions[:, :, None, None].float() * frequency  # (rows, seq, 1, head_dim / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def section_visible(section: MaskSection, place: Tensor, keys: int) -> Tensor:
+    """What a pass behind a cache may see, boolean (rows, 1, seq + section, keys + section).
+
+    place: (rows, seq), index of each clean token among the keys, which the section's follow at once in every row.
+    """
+    device, length = place.device, section.block_length
+    starts = section.starts.to(device).view(-1, section.starts.shape[-1])  # (1 or rows, blocks)
+    behind = place[:, -1:] + 1 + torch.arange(section.length, device=device).view(1, -1)
+    index = torch.arange(keys + section.length, device=device)
+    clean = index <= place[..., None]  # (rows, seq, keys)
+    before = (index < starts[..., None]).repeat_interleave(length, 1)
+    first = behind[:, ::length].repeat_interleave(length, 1)[..., None]  # of each mask's own block
+    own = (index >= first) & (index < first + length)
+    rows = max(len(clean), len(before))
+    return torch.cat([clean.expand(rows, -1, -1), (before | own).expand(rows, -1, -1)], 1)[:, None]
 
 
 def section_chunks(section: MaskSection, keys: int, device: torch.device) -> list[tuple[int, int, int, Tensor]]:
@@ -97,10 +118,11 @@ class Attention(nn.Module):
         q = _rotate(self.q_norm(q), view).transpose(1, 2)  # (batch, heads, total, head_dim)
         k = _rotate(self.k_norm(k), view).transpose(1, 2)
         v = v.transpose(1, 2)
-        keys, values = k[:, :, :seq], v[:, :, :seq]
+        first_queries = seq if view.chunks else total
+        keys, values = k[:, :, :first_queries], v[:, :, :first_queries]
         if view.cache is not None:
             keys, values = view.cache.append(layer, keys, values)
-        parts = [_attend(q[:, :, :seq], keys, values, view.visible, causal=view.causal)]
+        parts = [_attend(q[:, :, :first_queries], keys, values, view.visible, causal=view.causal)]
         for first, end, read, mask in view.chunks:
             here = slice(seq + first, seq + end)
             chunk_keys = torch.cat([keys[:, :, :read], k[:, :, here]], 2)

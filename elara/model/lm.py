@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elara.config import ElaraConfig
-from elara.model.attention import Attention, View, rope_angles, section_chunks
+from elara.model.attention import Attention, View, rope_angles, section_chunks, section_visible
 from elara.model.cache import KVCache
 from elara.model.mlp import MLP
-from elara.model.moe import Choice, MoE, RoutingStats
+from elara.model.moe import Choice, DraftRouting, MoE, RoutingStats
 from elara.model.norm import RMSNorm
 from elara.model.section import MaskSection
 
@@ -50,7 +50,7 @@ class Block(nn.Module):
             normed = self.mlp_norm(x)
             if isinstance(self.mlp, MoE):
                 assert weights is not None
-                y, choice = self.mlp(normed, weights, recursion)
+                y, choice = self.mlp(normed, weights, recursion, view.drafts)
                 choices.append(choice)
             else:
                 y = self.mlp(normed)
@@ -99,8 +99,8 @@ class ElaraLM(nn.Module):
         """Run the decoder.
 
         tokens: (batch, seq) ids, behind whatever `cache` holds. positions: (batch, seq), for RoPE only; default: behind
-        the cache. section: mask tokens that see `tokens` and the cache but are seen by neither (they never enter the
-        cache). depth: recursion depth, default the trained one; with a cache it is the cache's.
+        the cache. section: mask tokens that see `tokens` and the cache but are seen by neither; on a cache they need
+        room behind the tokens for this pass, and with anchor routing every block starts behind one of `tokens`. depth: recursion depth, default the trained one; with a cache it is the cache's.
         """
         batch, seq = tokens.shape
         depth = cache.depth if cache is not None else depth or self.config.trm.depth
@@ -142,14 +142,32 @@ class ElaraLM(nn.Module):
         causal = keys == seq and seq > 1
         hidden_keys = not causal and (seq > 1 or not uniform)
         visible = (torch.arange(keys, device=device) <= place[..., None])[:, None] if hidden_keys else None
-        chunks = []
+        chunks, drafts = [], None
         if section is not None:
             behind = section.positions().to(device)
             rows = max(len(where), len(behind))
             where = torch.cat([where.expand(rows, -1), behind.expand(rows, -1)], 1)
-            chunks = section_chunks(section, keys, device)
+            drafts = self._draft_routing(section, past, seq)
+            if cache is None:
+                chunks = section_chunks(section, keys, device)
+            else:
+                visible, causal = section_visible(section, place, keys), False
         cos, sin = rope_angles(where, self.config.head_dim, self.config.model.rope_base)
-        return View(seq, cos, sin, visible, causal, chunks, cache)
+        return View(seq, cos, sin, visible, causal, chunks, cache, drafts)
+
+    def _draft_routing(self, section: MaskSection, past: Tensor, seq: int) -> DraftRouting | None:
+        """Where the masks take their experts from; past: (1 or rows, 1), tokens in the cache."""
+        kind, length = self.config.tidar.draft_routing, section.block_length
+        if kind == "token" or not self.config.moe_layers:
+            return None
+        starts = section.starts.view(-1, section.starts.shape[-1]).to(past.device)  # (1 or rows, blocks)
+        if kind == "anchor":
+            routed = starts - 1 - past
+        else:
+            routed = seq + torch.arange(starts.shape[1], device=past.device)[None]
+        clean = torch.arange(seq, device=past.device).expand(len(routed), -1)
+        source = torch.cat([clean, routed.repeat_interleave(length, 1)], 1)
+        return DraftRouting(seq, length, source[0] if len(source) == 1 else source, kind == "anchor")
 
     def _run_blocks(self, x: Tensor, view: View, depth: int) -> tuple[Tensor, list[Choice]]:
         """Choices come back ordered by (physical MoE block, pass)."""

@@ -21,6 +21,7 @@ CLEAN, MASK = 0, 1  # sections, as indexed in RoutingStats.load
 
 Weights = tuple[Tensor, Tensor]  # gate_up (experts, 2 hidden, n_embd), down (experts, n_embd, hidden)
 
+FEW_TOKENS = 96  # up to here a CPU's inference goes the short way, without padding and bookkeeping for gradients
 ROW_MULTIPLE = 32  # oneDNN compiles a bf16 matmul per row count: padded counts repeat, raw ones hardly ever do
 
 
@@ -31,6 +32,38 @@ class Choice:
     experts: Tensor
     gates: Tensor
     penalty: Tensor
+
+
+@dataclass
+class DraftRouting:
+    """How the mask section finds its experts when a block shares one choice (`tidar.draft_routing` block or anchor).
+
+    seq: clean tokens, before the section. length: masks per block. source: which routed token each token takes its
+    choice from, (tokens) or (batch, tokens). anchor: only clean tokens are routed, the masks of a block take the choice
+    of the last one before it; else every block is routed once, by the mean score of its masks.
+    """
+
+    seq: int
+    length: int
+    source: Tensor
+    anchor: bool
+
+    def routed(self, x: Tensor) -> Tensor:
+        """The tokens that meet the router, of (batch, tokens, n_embd)."""
+        return x[:, : self.seq] if self.anchor else x
+
+    def pooled(self, scores: Tensor) -> Tensor:
+        """Scores with one row for each block, of (batch, routed tokens, experts)."""
+        if self.anchor:
+            return scores
+        blocks = scores[:, self.seq :].unflatten(1, (-1, self.length)).mean(2)
+        return torch.cat([scores[:, : self.seq], blocks], 1)
+
+    def spread(self, chosen: Tensor) -> Tensor:
+        """Every token's own row, of (batch, routed, top_k)."""
+        if self.source.dim() == 1:
+            return chosen.index_select(1, self.source)
+        return chosen.gather(1, self.source[..., None].expand(-1, -1, chosen.shape[2]))
 
 
 @dataclass
@@ -79,18 +112,27 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.model.n_embd))
         self.register_buffer("selection_bias", torch.zeros(config.trm.max_depth, config.moe.num_experts))
 
-    def forward(self, x: Tensor, recursion: int = 0) -> Choice:
+    def forward(self, x: Tensor, recursion: int = 0, drafts: DraftRouting | None = None) -> Choice:
         """x: (batch, tokens, n_embd); recursion: the pass, from 0. Passes deeper than trained use the last one's bias.
- The gates of each token sum to `moe.gate_scale`."""
+
+        drafts: how masks share a choice, None = every token has its own. The gates of each token sum to
+        `moe.gate_scale`.
+        """
         top_k = self.moe.top_k
+        if drafts is not None:
+            x = drafts.routed(x)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(self.weight.dtype), self.weight)  # (batch, total, experts)
+            logits = F.linear(x.to(self.weight.dtype), self.weight)  # (batch, routed, experts)
         scores = logits.sigmoid()
+        if drafts is not None:
+            scores = drafts.pooled(scores)
         bias = self.selection_bias[min(recursion, len(self.selection_bias) - 1)]
         chosen = (scores.detach() + bias).topk(top_k, dim=-1).indices
         gates = scores.gather(-1, chosen)
         gates = gates / gates.sum(-1, keepdim=True) * self.moe.gate_scale
         penalty = self._penalty(logits, scores, chosen)
+        if drafts is not None:
+            chosen, gates = drafts.spread(chosen), drafts.spread(gates)
         return Choice(chosen.view(-1, top_k), gates.view(-1, top_k), penalty)
 
     def _penalty(self, logits: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
@@ -127,8 +169,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, choice: Choice, weights: Weights) -> Tensor:
         """x: (tokens, n_embd) -> (tokens, n_embd): the gate-weighted sum over each token's experts."""
         x = x.to(weights[0].dtype)
-        if len(x) == 1 and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return _one_token(x, choice, weights)
+        if len(x) <= FEW_TOKENS and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return self._decode(x, choice, weights)
         count, top_k = len(weights[0]), choice.experts.shape[1]
         flat = choice.experts.flatten()  # (tokens * top_k)
         order = flat.argsort(stable=True)
@@ -151,13 +193,24 @@ class Experts(nn.Module):
         picked: Tensor = _Collect.apply(ys, slot).view(-1, top_k, ys.shape[1])
         return (picked * choice.gates.to(ys.dtype).unsqueeze(-1)).sum(1)
 
+    def expert(self, index: int, x: Tensor, weights: Weights) -> Tensor:
+        """One expert on its rows, (rows, n_embd) -> (rows, n_embd)."""
+        return F.linear(swiglu(F.linear(x, weights[0][index])), weights[1][index])
 
-def _one_token(x: Tensor, choice: Choice, weights: Weights) -> Tensor:
-    """What a decoding step needs: no sorting, only the chosen experts' weights are touched."""
-    chosen, gates = choice.experts[0].tolist(), choice.gates[0].tolist()
-    gate_up, down = weights
-    parts = [F.linear(swiglu(F.linear(x, gate_up[e])) * gate, down[e]) for e, gate in zip(chosen, gates, strict=True)]
-    return torch.stack(parts).sum(0)
+    def _decode(self, x: Tensor, choice: Choice, weights: Weights) -> Tensor:
+        """What a decoding step needs: every expert that is chosen at all is read once, for all of its rows."""
+        if len(x) == 1:
+            pairs = zip(choice.experts[0].tolist(), choice.gates[0].tolist(), strict=True)
+            parts = [self.expert(e, x, weights).mul_(gate) for e, gate in pairs]
+            return torch.stack(parts).sum(0)
+        flat = choice.experts.flatten()  # (tokens * top_k)
+        order = flat.argsort(stable=True)
+        sizes = torch.bincount(flat, minlength=len(weights[0])).tolist()
+        source = order // choice.experts.shape[1]
+        rows = x.index_select(0, source).split(sizes)
+        parts = [self.expert(e, part, weights) for e, part in enumerate(rows) if sizes[e]]
+        gates = choice.gates.flatten().index_select(0, order).to(x.dtype)
+        return torch.zeros_like(x).index_add_(0, source, torch.cat(parts).mul_(gates[:, None]))
 
 
 def _by_expert(xs: Tensor, weights: Weights, sizes: list[int]) -> Tensor:
@@ -217,9 +270,14 @@ class MoE(nn.Module):
         self.experts = Experts(n_embd, hidden, config.moe.num_experts)
         self.shared = MLP(n_embd, hidden * config.moe.num_shared) if config.moe.num_shared else None
 
-    def forward(self, x: Tensor, weights: Weights, recursion: int = 0) -> tuple[Tensor, Choice]:
-        """x: (batch, tokens, n_embd); recursion: the pass. Returns the layer's output and what the router chose."""
-        choice = self.router(x, recursion)
+    def forward(
+        self, x: Tensor, weights: Weights, recursion: int = 0, drafts: DraftRouting | None = None
+    ) -> tuple[Tensor, Choice]:
+        """x: (batch, tokens, n_embd); recursion: the pass; drafts: how a mask section is routed.
+
+        Returns the layer's output and what the router chose.
+        """
+        choice = self.router(x, recursion, drafts)
         y = self.experts(x.flatten(0, 1), choice, weights).view(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)

@@ -97,17 +97,28 @@ class Routed:
     penalty: Tensor
 
 
-def moe(config: ElaraConfig, p: Parameters, name: str, x: Tensor, seq: int, bias: Tensor) -> tuple[Tensor, Routed]:
+def moe(
+    config: ElaraConfig, p: Parameters, name: str, x: Tensor, seq: int, bias: Tensor, starts: list[list[int]]
+) -> tuple[Tensor, Routed]:
     """Every expert on every token, then a weighted sum over the chosen ones. x: (batch, total, n_embd)."""
+    length, kind = config.tidar.block_length, config.tidar.draft_routing
     c = config.moe
     load = torch.zeros(2, c.num_experts)
+    routed = seq if kind == "anchor" else x.shape[1]  # tokens that a router saw: only these are penalised
     out = torch.zeros_like(x)
     balance, z = x.new_zeros(()), x.new_zeros(())
     for row in range(len(x)):
         counts, shares = torch.zeros(c.num_experts), x.new_zeros(c.num_experts)
+        all_logits = [p[f"{name}.router.weight"] @ token for token in x[row]]
         for i, token in enumerate(x[row]):
-            logits = p[f"{name}.router.weight"] @ token
+            logits = all_logits[i]
             scores = 1 / (1 + torch.exp(-logits))
+            block = (i - seq) // length if i >= seq else 0
+            if i >= seq and kind == "anchor":
+                scores = 1 / (1 + torch.exp(-all_logits[starts[row][block] - 1]))
+            elif i >= seq and kind == "block":
+                own = all_logits[seq + block * length : seq + (block + 1) * length]
+                scores = torch.stack([1 / (1 + torch.exp(-each)) for each in own]).mean(0)
             biased = (scores.detach() + bias).tolist()
             chosen = sorted(range(c.num_experts), key=lambda e: -biased[e])[: c.top_k]
             total = sum(scores[e] for e in chosen)
@@ -116,15 +127,16 @@ def moe(config: ElaraConfig, p: Parameters, name: str, x: Tensor, seq: int, bias
                 if e in chosen:
                     out[row, i] = out[row, i] + scores[e] / total * c.gate_scale * y
                     load[0 if i < seq else 1, e] += 1
-                    counts[e] += 1
-            shares = shares + scores / scores.sum()
-            z = z + torch.log(torch.exp(logits).sum()) ** 2
-        tokens = x.shape[1]
+                    counts[e] += i < routed
+            if i < routed:
+                shares = shares + scores / scores.sum()
+                z = z + torch.log(torch.exp(logits).sum()) ** 2
+        tokens = routed
         for e in range(c.num_experts):
             balance = balance + counts[e] * c.num_experts / (c.top_k * tokens) * shares[e] / tokens
         if c.num_shared:
             out[row] += swiglu_mlp(x[row], p[f"{name}.shared.gate_up.weight"], p[f"{name}.shared.down.weight"])
-    penalty = c.balance_loss * balance / len(x) + c.z_loss * z / (len(x) * x.shape[1])
+    penalty = c.balance_loss * balance / len(x) + c.z_loss * z / (len(x) * routed)
     return out, Routed(load, penalty)
 
 
@@ -168,7 +180,7 @@ def forward(
         if i in config.moe_layers:
             biases = p[f"{name}.mlp.router.selection_bias"]
             recursion = len(result.routed.get(i, []))  # how often this block was applied before
-            y, routed = moe(config, p, f"{name}.mlp", normed, seq, biases[min(recursion, len(biases) - 1)])
+            y, routed = moe(config, p, f"{name}.mlp", normed, seq, biases[min(recursion, len(biases) - 1)], starts)
             result.routed.setdefault(i, []).append(routed)
         else:
             y = swiglu_mlp(normed, p[f"{name}.mlp.gate_up.weight"], p[f"{name}.mlp.down.weight"])

@@ -89,7 +89,7 @@ def test_a_section_sees_cache_and_tokens_alike(make_model, options):
     tokens = random_tokens(2, 10)
     starts = torch.tensor([3, 7, 8, 9, 10])  # in the cache, at its end, inside the new tokens, behind them
     section = MaskSection(starts, 3, torch.full((2, 15), MASK_ID))
-    cache = empty_cache(model, 2, 10)
+    cache = empty_cache(model, 2, 25)
     model(tokens[:, :7], cache=cache)
     output = model(tokens[:, 7:], section=section, cache=cache)
     whole = model(tokens, section=section)
@@ -98,10 +98,11 @@ def test_a_section_sees_cache_and_tokens_alike(make_model, options):
     assert cache.lengths == [10, 10]  # masks never enter
 
 
-def test_a_section_on_rows_of_unequal_length(make_model):
-    model = make_model(depth=2)
+@pytest.mark.parametrize("routing", ["token", "block", "anchor"])
+def test_a_section_on_rows_of_unequal_length(make_model, routing):
+    model = make_model(depth=2, draft_routing=routing)
     prompts, new, lengths = random_tokens(2, 6), random_tokens(2, 2, seed=1), [3, 6]
-    cache = empty_cache(model, 2, 10)
+    cache = empty_cache(model, 2, 14)
     model(prompts, cache=cache)
     cache.truncate(lengths)
     starts = torch.tensor([[n + 1, n + 2] for n in lengths])

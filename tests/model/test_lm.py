@@ -30,6 +30,9 @@ CASES = {
     "depth 2, stack, checkpoint": {"depth": 2, "order": "stack", "checkpoint": True},
     "tied diffusion head": {"tie_head": True},
     "block length 1": {"block_length": 1},
+    "anchor routing": {"draft_routing": "anchor", "depth": 2, "balance_loss": 0.3, "z_loss": 0.2},
+    "anchor routing, stack order": {"draft_routing": "anchor", "depth": 2, "order": "stack", "checkpoint": True},
+    "block routing": {"draft_routing": "block", "depth": 2},
 }
 
 
