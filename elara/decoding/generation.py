@@ -78,7 +78,7 @@ class _Rows:
         longest = min(self.context, max(map(len, prompts)) + sampling.max_new_tokens)
         dtype = _cache_dtype(weight)
         self.cache = KVCache(
-            model.config, len(prompts), longest + self.length, depth=depth, dtype=dtype, device=self.device
+            model.config, len(prompts), longest + self.length * (self.length + 1), depth=depth, dtype=dtype, device=self.device
         )
 
     @torch.inference_mode()
