@@ -9,7 +9,7 @@ DEV := .venv/.dev
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sample verify bench test test-all lint clean distclean force
+.PHONY: help setup data train sample verify evaluate bench test test-all lint clean distclean force
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -34,6 +34,9 @@ sample: export ELARA_PROMPT := $(value PROMPT)
 
 verify: $(CORE) ## count parameters, bytes and memory of a model and check that it trains
 	@$(PY) -m elara.verify $(ARGS)
+
+evaluate: $(CORE) ## measure how good the newest trained model is, or those of ARGS="checkpoint=[a,b]"
+	@$(PY) -m elara.evaluate $(ARGS)
 
 bench: $(CORE) ## measure the promised speed ratios, each beside its reference
 	@$(PY) -m elara.bench $(ARGS)

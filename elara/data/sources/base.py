@@ -32,6 +32,10 @@ class Source(Protocol):
         """All text of both splits, in pieces; what a `char` tokenizer takes its characters from."""
         ...
 
+    def documents(self, split: Split) -> Iterator[Iterable[str]]:
+        """The split's documents in a fixed order, each in pieces; read only as far as they are asked for."""
+        ...
+
     def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
         """Write `train` and `val` token files into `folder`; `work` may keep finished parts between attempts."""
         ...

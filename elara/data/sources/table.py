@@ -69,6 +69,15 @@ class Table:
             for row in islice(self.rows(_shard(self.open(), shards, shard)), self.limit(shards, shard)):
                 yield self.text_of(row)
 
+    def documents(self, split: Split) -> Iterator[list[str]]:
+        self._check_reachable()
+        shards = self.count_shards()
+        for shard in range(shards):
+            rows = islice(self.rows(_shard(self.open(), shards, shard)), self.limit(shards, shard))
+            for index, row in enumerate(rows):
+                if (text := self.text_of(row)) and self.is_held_out(shard, index) == (split == "val"):
+                    yield [text]
+
     def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
         self._check_reachable()
         shards = self.count_shards()

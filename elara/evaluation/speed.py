@@ -1,0 +1,100 @@
+"""Generation speed of every decoding mode, in turn, so that a busy machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from elara.checkpoint import Loaded
+from elara.decoding import SamplingConfig, generate, writable
+from elara.decoding.config import MODES
+
+
+@dataclass
+class Speed:
+    """One decoding mode. tokens_per_second: the median over the rounds, prompt included; low, high: its quartiles.
+    against_ar: median of the ratios to `ar` in the same round. tokens_per_forward: over all rounds."""
+
+    mode: str
+    tokens_per_second: float
+    low: float
+    high: float
+    against_ar: float
+    tokens_per_forward: float
+    rounds: int
+    batch: int
+
+
+@dataclass
+class _Timed:
+    tokens: int
+    forwards: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def modes_of(loaded: Loaded) -> list[str]:
+    """The decoding modes that a model can serve: all need a diffusion head but `ar`."""
+    return [mode for mode in MODES if mode == "ar" or loaded.config.tidar.block_length > 1]
+
+
+def measure_speed(
+    models: Sequence[Loaded],
+    prompts: Sequence[list[list[int]]],
+    new_tokens: int,
+    *,
+    rounds: int = 5,
+    batch: int = 1,
+    depth: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> list[list[Speed]]:
+    """Greedy generation of `new_tokens` behind held-out prompts; one list of modes per model.
+
+    prompts: of each model, at least one. A round takes the next `batch` prompts through all models and modes; one
+    round runs first and does not count. advance: called with 1 behind each round.
+    """
+    timed: dict[tuple[int, str], list[_Timed]] = {(i, mode): [] for i, m in enumerate(models) for mode in modes_of(m)}
+    for number in range(rounds + 1):
+        for i, mode in timed:
+            rows = [prompts[i][(number * batch + row) % len(prompts[i])] for row in range(batch)]
+            timed[i, mode].append(_timed(models[i], rows, mode, new_tokens, depth))
+        if advance is not None:
+            advance(1)
+    found: list[list[Speed]] = [[] for _ in models]
+    for (i, mode), every in timed.items():
+        counted = every[1:]
+        rates = sorted(one.rate for one in counted)
+        quartiles = statistics.quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else rates * 3
+        ratios = [one.rate / ar.rate for one, ar in zip(counted, timed[i, "ar"][1:], strict=True)]
+        per_forward = sum(one.tokens for one in counted) / sum(one.forwards for one in counted) / batch
+        found[i].append(
+            Speed(
+                mode, statistics.median(rates), quartiles[0], quartiles[2], statistics.median(ratios), per_forward,
+                rounds, batch,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _timed(loaded: Loaded, prompts: list[list[int]], mode: str, new_tokens: int, depth: int | None) -> _Timed:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    sampling = SamplingConfig(mode=mode, max_new_tokens=new_tokens, temperature=0.0)
+    allowed = writable(tokenizer, model.config.vocab_size)
+    device = model.embed.weight.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    tokens = forwards = 0
+    for step in generate(model, prompts, sampling, allowed=allowed, mask_id=tokenizer.mask_id, depth=depth):
+        tokens += sum(map(len, step.tokens))
+        forwards += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return _Timed(tokens, forwards, time.perf_counter() - begin)
