@@ -25,7 +25,7 @@ from torch import Tensor
 from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
 from elara.errors import ElaraError
-from elara.model import ElaraLM
+from elara.model import ElaraLM, convert
 from elara.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1  # of the folder's layout; raised when an older reader would misunderstand it
@@ -92,11 +92,11 @@ def save(
     return path
 
 
-def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
+def load(path: Path | str, *, device: torch.device | str = "cpu", precision: str = "float32") -> Loaded:
     """Read a checkpoint folder.
 
-    dtype: of the weights, default float32; the router stays in float32. Raises ElaraError that names what is missing,
-    truncated, newer than this program or does not fit.
+    precision: of the weights, one of `elara.model.PRECISIONS`; all but float32 are for inference only. Raises
+    ElaraError that names what is missing, truncated, newer than this program or does not fit.
     """
     path = Path(path)
     meta = read_meta(path)
@@ -105,11 +105,11 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
     with torch.device("meta"):
         model = ElaraLM(config)
     fit(path, state, model)
-    for name, value in state.items():
-        keep = dtype is None or ".router." in name
-        state[name] = value.to(device, None if keep else dtype)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
+    del state  # so that what `convert` has replaced can go
     model.eval()
+    if precision != "float32":
+        convert(model, precision)
     return Loaded(model, read_tokenizer(path, meta), config, meta)
 
 

@@ -13,9 +13,8 @@ from elara import checkpoint
 from elara.cli import hydra_main
 from elara.decoding import SamplingConfig, complete
 from elara.errors import ElaraError
+from elara.model import PRECISIONS
 from elara.runs import find_checkpoint
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -26,16 +25,16 @@ class SampleConfig(SamplingConfig):
     prompt: str = ""
     depth: int | None = None
     device: str = "auto"
-    dtype: str = "float32"
+    precision: str = "float32"
 
 
 def sample(config: DictConfig) -> None:
     """Stream the text to stdout, then a line of figures."""
     wanted = cast(SampleConfig, OmegaConf.to_object(config))
-    if wanted.dtype not in DTYPES:
-        raise ElaraError(f"dtype={wanted.dtype} must be one of: {', '.join(DTYPES)}")
+    if wanted.precision not in PRECISIONS:
+        raise ElaraError(f"precision={wanted.precision} must be one of: {', '.join(PRECISIONS)}")
     folder, device = find_checkpoint(wanted.checkpoint), _device(wanted.device)
-    loaded = checkpoint.load(folder, device=device, dtype=DTYPES[wanted.dtype])
+    loaded = checkpoint.load(folder, device=device, precision=wanted.precision)
     prompt = iter([wanted.prompt])  # shown with the first text, so that a prompt that is refused is not
 
     def show(text: str) -> None:

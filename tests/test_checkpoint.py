@@ -59,8 +59,8 @@ def test_what_is_saved_comes_back_bit_for_bit(saved: Path, tokenizer: Tokenizer)
     assert not loaded.model.training
 
 
-def test_another_dtype_leaves_the_router_in_float32(saved: Path) -> None:
-    model = checkpoint.load(saved, dtype=torch.bfloat16).model
+def test_another_precision_leaves_the_router_in_float32(saved: Path) -> None:
+    model = checkpoint.load(saved, precision="bfloat16").model
     kinds = {name: value.dtype for name, value in model.state_dict().items()}
     assert kinds["embed.weight"] == torch.bfloat16
     assert kinds["blocks.1.mlp.router.weight"] == kinds["blocks.1.mlp.router.selection_bias"] == torch.float32

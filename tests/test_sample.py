@@ -102,14 +102,15 @@ def test_the_seed_repeats_the_text_and_modes_agree_greedily(configured, capsys):
     assert ar == tidar
 
 
-def test_depth_and_dtype_reach_the_model(configured, capsys):
-    assert written(configured("depth=1", "dtype=bfloat16", "prompt=''"), capsys) is not None
+@pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
+def test_depth_and_precision_reach_the_model(configured, capsys, precision):
+    assert written(configured("depth=1", f"precision={precision}", "prompt=''"), capsys) is not None
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("dtype=int8", "dtype=int8 must be one of: float32, bfloat16"),
+        ("precision=int3", "precision=int3 must be one of: float32, bfloat16, int8, int4"),
         ("device=moon", "device=moon cannot be used here"),
         ("depth=0", "depth=0 must be at least 1"),
         ("mode=guess", "mode=guess must be one of: ar, tidar"),

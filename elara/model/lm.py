@@ -73,6 +73,7 @@ class ElaraLM(nn.Module):
         self.norm = RMSNorm(m.n_embd, m.norm_eps)
         untied = config.tidar.block_length and not config.tidar.tie_head
         self.diffusion = nn.Linear(m.n_embd, config.vocab_size, bias=False) if untied else None
+        self.packed_head: nn.Module | None = None  # the embedding's matrix once more, where `precision` packs it
         self.reset_parameters()
 
     @torch.no_grad()
@@ -118,11 +119,11 @@ class ElaraLM(nn.Module):
 
     def ar_head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token, (..., vocab), from the embedding's weight."""
-        return F.linear(hidden, self.embed.weight)
+        return F.linear(hidden, self.embed.weight) if self.packed_head is None else self.packed_head(hidden)
 
     def diffusion_head(self, mask_hidden: Tensor) -> Tensor:
         """Logits of the token that a mask token stands for, (..., vocab)."""
-        return F.linear(mask_hidden, self.diffusion_weight)
+        return self.ar_head(mask_hidden) if self.diffusion is None else self.diffusion(mask_hidden)
 
     @property
     def diffusion_weight(self) -> Tensor:
