@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from elara.errors import ElaraError
+from elara.model import PRECISIONS
 
 
 @dataclass
@@ -38,6 +39,10 @@ class EvalConfig:
             value = getattr(self, key)
             if value is not None and value < low:
                 raise ElaraError(f"eval.{key}={value} must be at least {low}")
+        for precision in self.precisions:
+            if precision not in PRECISIONS:
+                known = ", ".join(PRECISIONS)
+                raise ElaraError(f"eval.precisions={self.precisions}: {precision} must be one of: {known}")
         for value in self.temperatures:
             if not (value >= 0 and math.isfinite(value)):
                 raise ElaraError(f"eval.temperatures={self.temperatures}: {value} must be 0 (greedy) or positive")

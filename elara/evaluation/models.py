@@ -14,8 +14,6 @@ from elara.data import DataConfig
 from elara.errors import ElaraError
 from elara.runs import Run, find_checkpoint
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def find_models(wanted: object = None) -> dict[str, Path]:
     """Checkpoint folders by name: run and step, with the run's time where that is needed to tell two apart.
@@ -39,9 +37,7 @@ def find_models(wanted: object = None) -> dict[str, Path]:
 
 def load_as(folder: Path, precision: str, device: torch.device) -> Loaded:
     """A checkpoint in one of the precisions of `eval.precisions`."""
-    if precision not in DTYPES:
-        raise ElaraError(f"eval.precisions: {precision} must be one of: {', '.join(DTYPES)}")
-    return checkpoint.load(folder, device=device, dtype=DTYPES[precision])
+    return checkpoint.load(folder, device=device, precision=precision)
 
 
 def run_of(folder: Path) -> Run | None:

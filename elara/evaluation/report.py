@@ -61,7 +61,8 @@ def picture(results: Sequence[Result], text: HeldOutText) -> Figure:
     panels += [_scores] if any(_accuracies(result) for result in results) else []
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    tall = 3.0 + 0.3 * max(0, len(results) - 3)
+    bars = max(len(results), sum(len(result.speed) for result in results) / 2)
+    tall = 3.0 + 0.3 * max(0, bars - 3)
     figure = Figure(figsize=(5.6 * columns, tall * rows), layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, draw in zip(places, panels, strict=False):
@@ -128,13 +129,11 @@ def _agreement_rows(results: Sequence[Result]) -> list[Row]:
 
 def _speed_rows(results: Sequence[Result]) -> list[Row]:
     rows: list[Row] = []
-    for mode in dict.fromkeys(s.mode for result in results for s in result.speed):
-        own = [next((s for s in result.speed if s.mode == mode), None) for result in results]
-        cells = [
-            "" if s is None else f"{s.tokens_per_second:.0f}" + (f" ({s.against_ar:.2f} of ar)" if mode != "ar" else "")
-            for s in own
-        ]
-        rows.append((f"tokens/s, {mode}", cells))
+    for way in dict.fromkeys((s.mode, s.precision) for result in results for s in result.speed):
+        own = [next((s for s in result.speed if (s.mode, s.precision) == way), None) for result in results]
+        share = "" if way == ("ar", "float32") else " ({:.2f} x ar float32)"
+        cells = [f"{s.tokens_per_second:.0f}{share.format(s.against_ar)}" if s else "" for s in own]
+        rows.append((f"tokens/s, {' '.join(way)}", cells))
     return rows
 
 
@@ -195,7 +194,8 @@ def _reach(axes: Axes, results: Sequence[Result]) -> None:
 
 
 def _rates(axes: Axes, results: Sequence[Result]) -> None:
-    height = 0.8 / max(len(result.speed) for result in results)
+    bars = max(len(result.speed) for result in results)
+    height = 0.8 / bars
     top = 0.0
     for place, result in enumerate(results):
         for i, speed in enumerate(result.speed):
@@ -205,12 +205,13 @@ def _rates(axes: Axes, results: Sequence[Result]) -> None:
             shade = 1.0 if speed.mode == "ar" else 0.6
             axes.barh(at, rate, height=0.9 * height, color=_colour(place), alpha=shade)
             axes.errorbar(rate, at, xerr=spread, ecolor="#444444")
-            axes.text(max(rate, speed.high), at, f"  {speed.mode} {rate:.0f}", va="center", fontsize=8)
+            words = f"  {rate:.0f}  {speed.mode} {speed.precision}"
+            axes.text(max(rate, speed.high), at, words, va="center", fontsize=8 if bars < 5 else 6.5)
             top = max(top, rate, speed.high)
     axes.set_yticks(range(len(results)), [result.name for result in results])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    axes.set_xlim(0, 1.3 * top)
+    axes.set_xlim(0, 1.45 * top)
     axes.set(title="Generation speed", xlabel="tokens per second, greedy; line = quartiles of the rounds")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 from elara.checkpoint import Loaded
 from elara.data.progress import Progress
@@ -33,21 +35,24 @@ def evaluate(
     precisions are not compared. depth: recursion depth, default the trained one. Raises ElaraError for settings that
     the model cannot serve and for characters that its tokenizer lacks.
     """
-    result = measure(loaded, text, wanted, name=name, reload=reload, depth=depth)
-    measure_speeds([loaded], [result], text, wanted, depth=depth)
-    return result
+
+    def again(_: str, precision: str) -> Loaded:
+        assert reload is not None
+        return reload(precision)
+
+    return compare({name: loaded}, text, wanted, reload=again if reload else None, depth=depth)[0]
 
 
-def measure(
+def _measure(
     loaded: Loaded,
     text: HeldOutText,
     wanted: EvalConfig,
     *,
     name: str,
-    reload: Reload | None = None,
-    depth: int | None = None,
+    depth: int | None,
+    lower: Mapping[str, Loaded],
 ) -> Result:
-    """All but speed."""
+    """All but speed. lower: the same model by precision."""
     model, tokenizer, context = loaded.model, loaded.tokenizer, loaded.config.model.context_length
     parameters = sum(weight.numel() for weight in model.parameters())
     result = Result(name, loaded.meta.get("step"), parameters)
@@ -67,34 +72,32 @@ def measure(
                 model, tokenizer, windows, prompts, wanted.temperatures, wanted.new_tokens,
                 seed=wanted.seed, depth=depth, advance=progress.advance,
             )  # fmt: skip
-    for precision in wanted.precisions if reload is not None else []:
-        assert reload is not None
-        other = reload(precision).model
+    for precision, other in lower.items():
         with bar(precision) as progress:
-            _, lower = measure_loss(
-                other, windows, batch_tokens=wanted.batch_tokens, depth=depth, advance=progress.advance
+            _, rescored = measure_loss(
+                other.model, windows, batch_tokens=wanted.batch_tokens, depth=depth, advance=progress.advance
             )
-        result.agreement.append(compare_scores(precision, windows, scored, lower))
+        result.agreement.append(compare_scores(precision, windows, scored, rescored))
+    if wanted.tasks:
+        result.tasks = harness().run_tasks(loaded, wanted, name=name, depth=depth)
     return result
 
 
-def measure_speeds(
-    models: Sequence[Loaded],
+def _measure_speeds(
+    models: Sequence[dict[str, Loaded]],
     results: Sequence[Result],
     text: HeldOutText,
     wanted: EvalConfig,
-    *,
-    depth: int | None = None,
+    depth: int | None,
 ) -> None:
-    """Fill in `speed` of the results; the models take turns."""
+    """Fill in `speed` of the results; all models, each by precision, take turns."""
     if not wanted.speed_rounds or not wanted.prompts:
         return
-    prompts = [
-        held_out_prompts(
-            text, loaded.tokenizer, wanted.prompts, min(wanted.prompt_tokens, loaded.config.model.context_length)
-        )
-        for loaded in models
-    ]
+    prompts = []
+    for own in models:
+        loaded = own["float32"]
+        length = min(wanted.prompt_tokens, loaded.config.model.context_length)
+        prompts.append(held_out_prompts(text, loaded.tokenizer, wanted.prompts, length))
     with Progress("speed", "rounds", total=wanted.speed_rounds + 1) as progress:
         found = measure_speed(
             models, prompts, wanted.new_tokens,
@@ -102,6 +105,15 @@ def measure_speeds(
         )  # fmt: skip
     for result, speed in zip(results, found, strict=True):
         result.speed = speed
+
+
+def harness() -> ModuleType:
+    """`elara.evaluation.harness`, when it is needed: lm-eval is an extra, and takes seconds to import."""
+    try:
+        return importlib.import_module("elara.evaluation.harness")
+    except ImportError as error:
+        advice = "pip install 'elara-hivemind[eval]'"
+        raise ElaraError(f"eval.tasks need lm-eval ({error.name} is missing): {advice}") from error
 
 
 def compare(
@@ -112,15 +124,19 @@ def compare(
     reload: Callable[[str, str], Loaded] | None = None,
     depth: int | None = None,
 ) -> list[Result]:
-    """Evaluate several checkpoints on the same text, by name. reload(name, precision) as in `evaluate`.
+    """Evaluate several checkpoints, all in memory at once, on the same text. reload(name, precision) as in `evaluate`.
 
     Raises ElaraError as `evaluate` does, and when there is no model.
     """
     if not models:
         raise ElaraError("there is no checkpoint to evaluate: give at least one")
-    results = []
+    if wanted.tasks:
+        harness().find_tasks(wanted.tasks, wanted.task_folder)  # a typo should not wait for the rest
+    results, every = [], []
     for name, loaded in models.items():
-        own = None if reload is None else (lambda precision, name=name: reload(name, precision))
-        results.append(measure(loaded, text, wanted, name=name, reload=own, depth=depth))
-    measure_speeds(list(models.values()), results, text, wanted, depth=depth)
+        precisions = [precision for precision in dict.fromkeys(wanted.precisions) if precision != "float32"]
+        lower = {precision: reload(name, precision) for precision in precisions} if reload is not None else {}
+        results.append(_measure(loaded, text, wanted, name=name, depth=depth, lower=lower))
+        every.append({"float32": loaded, **lower})
+    _measure_speeds(every, results, text, wanted, depth)
     return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,11 @@ from elara.decoding.config import MODES
 
 @dataclass
 class Speed:
-    """One decoding mode. tokens_per_second: the median over the rounds, prompt included; low, high: its quartiles.
-    against_ar: median of the ratios to `ar` in the same round. tokens_per_forward: over all rounds."""
+    """One decoding mode in one precision. tokens_per_second: the median over the rounds, prompt included; low, high:
+    its quartiles. against_ar: median of the ratios to float32 `ar` in the same round. tokens_per_forward: over all."""
 
     mode: str
+    precision: str
     tokens_per_second: float
     low: float
     high: float
@@ -46,7 +47,7 @@ def modes_of(loaded: Loaded) -> list[str]:
 
 
 def measure_speed(
-    models: Sequence[Loaded],
+    models: Sequence[Mapping[str, Loaded]],
     prompts: Sequence[list[list[int]]],
     new_tokens: int,
     *,
@@ -57,29 +58,32 @@ def measure_speed(
 ) -> list[list[Speed]]:
     """Greedy generation of `new_tokens` behind held-out prompts; one list of modes per model.
 
-    prompts: of each model, at least one. A round takes the next `batch` prompts through all models and modes; one
-    round runs first and does not count. advance: called with 1 behind each round.
+    models: each by precision, `float32` among them. prompts: of each model, at least one. A round takes the next
+    `batch` prompts through all models, precisions and modes; one round runs first and does not count. advance: called
+    with 1 behind each round.
     """
-    timed: dict[tuple[int, str], list[_Timed]] = {(i, mode): [] for i, m in enumerate(models) for mode in modes_of(m)}
+    timed: dict[tuple[int, str, str], list[_Timed]] = {
+        (i, precision, mode): []
+        for i, model in enumerate(models)
+        for precision, loaded in model.items()
+        for mode in modes_of(loaded)
+    }
     for number in range(rounds + 1):
-        for i, mode in timed:
+        for (i, precision, mode), taken in timed.items():
             rows = [prompts[i][(number * batch + row) % len(prompts[i])] for row in range(batch)]
-            timed[i, mode].append(_timed(models[i], rows, mode, new_tokens, depth))
+            taken.append(_timed(models[i][precision], rows, mode, new_tokens, depth))
         if advance is not None:
             advance(1)
     found: list[list[Speed]] = [[] for _ in models]
-    for (i, mode), every in timed.items():
+    for (i, precision, mode), every in timed.items():
         counted = every[1:]
         rates = sorted(one.rate for one in counted)
         quartiles = statistics.quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else rates * 3
-        ratios = [one.rate / ar.rate for one, ar in zip(counted, timed[i, "ar"][1:], strict=True)]
+        ratios = [one.rate / ar.rate for one, ar in zip(counted, timed[i, "float32", "ar"][1:], strict=True)]
         per_forward = sum(one.tokens for one in counted) / sum(one.forwards for one in counted) / batch
-        found[i].append(
-            Speed(
-                mode, statistics.median(rates), quartiles[0], quartiles[2], statistics.median(ratios), per_forward,
-                rounds, batch,
-            )
-        )  # fmt: skip
+        middle, ratio = statistics.median(rates), statistics.median(ratios)
+        figures = Speed(mode, precision, middle, quartiles[0], quartiles[2], ratio, per_forward, rounds, batch)
+        found[i].append(figures)
     return found
 
 
