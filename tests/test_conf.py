@@ -86,7 +86,9 @@ def test_sizes_bring_data_and_tokenizer_and_the_command_line_has_the_last_word()
     assert (config.data.name, config.tokenizer.kind) == ("text", "byte")
 
 
-@pytest.mark.parametrize("module", ["elara.train", "elara.sample", "elara.verify", "elara.data", "elara.bench"])
+@pytest.mark.parametrize(
+    "module", ["elara.train", "elara.sample", "elara.verify", "elara.data", "elara.bench", "elara.evaluate"]
+)
 def test_every_entry_point_prints_its_configuration_and_writes_nothing(module: str, tmp_path: Path) -> None:
     done = run(module, "--cfg", "job", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

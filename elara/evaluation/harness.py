@@ -90,7 +90,7 @@ class ElaraEval(TemplateLM):
         return found
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **options: Any
     ) -> list[tuple[float, bool]]:
         cut = [list(self._windows(context, continuation)) for _, context, continuation in requests]
         found = self._sums(cut, "loglikelihood")
@@ -144,12 +144,13 @@ class ElaraEval(TemplateLM):
     def _sums(self, cut: list[list[Request]], label: str) -> list[tuple[float, bool]]:
         """Summed log-probability over the windows of each text, and whether all their tokens are the likeliest."""
         flat = [request for windows in cut for request in windows]
+        allowed = writable(self.loaded.tokenizer, self.loaded.config.vocab_size)  # what greedy decoding may write
         with Progress(f"{self.name}: {label}", "windows", total=len(flat)) as progress:
-            scored = iter(
-                score(
-                    self.loaded.model, flat, batch_tokens=self.batch_tokens, depth=self.depth, advance=progress.advance
-                )
-            )
+            every = score(
+                self.loaded.model, flat,
+                batch_tokens=self.batch_tokens, depth=self.depth, allowed=allowed, advance=progress.advance,
+            )  # fmt: skip
+        scored = iter(every)
         found = []
         for windows in cut:
             total, greedy = 0.0, True

@@ -52,12 +52,13 @@ def score(
     *,
     batch_tokens: int = 8192,
     depth: int | None = None,
+    allowed: Tensor | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[Scored]:
     """Score every request under the AR head; results in the order of the requests.
 
-    batch_tokens: padded tokens per forward (a longer request is a batch of its own). advance: called with the number
-    of requests that are done.
+    batch_tokens: padded tokens per forward (a longer request is a batch of its own). allowed: boolean (vocab), ids that
+    `best` is chosen from; default all. advance: called with the number of requests that are done.
     """
     device = model.embed.weight.device
     places: dict[tuple[int, ...], list[int]] = {}
@@ -71,8 +72,8 @@ def score(
         hidden = model(tokens.to(device), depth=depth).hidden
         wanted = [(row, i) for row, inputs in enumerate(batch) for i in places[inputs]]
         parts = [hidden[row, len(batch[row]) - len(requests[i].targets) : len(batch[row])] for row, i in wanted]
-        targets = torch.tensor([target for _, i in wanted for target in requests[i].targets], device=device)
-        log_probs, best = _head(model, torch.cat(parts), targets)
+        targets = torch.tensor([target for _, i in wanted for target in requests[i].targets], dtype=torch.long)
+        log_probs, best = _head(model, torch.cat(parts), targets.to(device), allowed)
         start = 0
         for _, i in wanted:
             own = slice(start, start + len(requests[i].targets))
@@ -92,7 +93,7 @@ def _batches(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tu
         start = stop
 
 
-def _head(model: ElaraLM, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _head(model: ElaraLM, hidden: Tensor, targets: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and the likeliest id, both (rows), on the CPU. hidden: (rows, n_embd)."""
     log_probs, best = [], []
     rows = ROWS if model.config.vocab_size > 4096 else 1 << 14
@@ -100,5 +101,7 @@ def _head(model: ElaraLM, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tens
         logits = model.ar_head(some)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (rows, vocab)
         log_probs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         best.append(logits.argmax(1))
     return torch.cat(log_probs).cpu(), torch.cat(best).cpu()

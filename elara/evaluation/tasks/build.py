@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from elara import runs
 from elara.data.sources.shakespeare import Shakespeare
@@ -19,13 +20,13 @@ CONTEXT, PASSAGE = 240, 2000  # characters
 CHOICES = 4
 
 
-def build(plays: list[str]) -> dict[str, list[dict[str, object]]]:
+def build(plays: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Items by task, from the texts of the held-out plays."""
     draw = random.Random(0)
     return {"shakespeare_cloze": clozes(plays, draw), "shakespeare_rolling": passages(plays), "copying": copies(draw)}
 
 
-def clozes(plays: list[str], draw: random.Random) -> list[dict[str, object]]:
+def clozes(plays: list[str], draw: random.Random) -> list[dict[str, Any]]:
     """Which line comes next? The wrong ones are lines of about the same length from the other plays."""
     line = re.compile(r"(?<=[a-z,;]\n)[^\n:]{30,50}$", re.MULTILINE)  # the sentence before it is not over
     places = [(play, match) for play, text in enumerate(plays) for match in line.finditer(text, CONTEXT)]
@@ -39,9 +40,9 @@ def clozes(plays: list[str], draw: random.Random) -> list[dict[str, object]]:
     return items
 
 
-def passages(plays: list[str]) -> list[dict[str, object]]:
+def passages(plays: list[str]) -> list[dict[str, Any]]:
     """Stretches of whole lines, spread evenly."""
-    items: list[dict[str, object]] = []
+    items = list[dict[str, Any]]()
     for text in plays:
         for i in range(PASSAGES // len(plays)):
             start = text.index("\n\n", i * (len(text) - 2 * PASSAGE) * len(plays) // PASSAGES) + 2
@@ -50,7 +51,7 @@ def passages(plays: list[str]) -> list[dict[str, object]]:
     return items
 
 
-def copies(draw: random.Random) -> list[dict[str, object]]:
+def copies(draw: random.Random) -> list[dict[str, Any]]:
     """Say a line of three words once more."""
     words = "crown rose night sword heart ship king storm gold wine moon child grave song bell fire horse tower sea dog"
     seen: dict[str, None] = {}
