@@ -65,6 +65,7 @@ class TiDARConfig:
     schedule: str = "full"  # full: every section token is [MASK]; linear | cosine: a random share, for denoising
     loss_weight: float = 0.5  # loss = AR + loss_weight * diffusion
     tie_head: bool = False  # share the diffusion head's weight with the embedding
+    chain: bool = False  # every drafted token also depends on the one before it in the draft, through a small MLP
     draft_routing: str = "token"  # experts of a draft block's masks: token = each its own, block = one choice for the
     # block, anchor = those of the last clean token before the block
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from elara.decoding.config import SamplingConfig
+from elara.decoding.controller import Controller
 from elara.decoding.generation import generate
+from elara.decoding.prefix import Prefixes
 from elara.model import ElaraLM
 
 
@@ -76,6 +78,8 @@ def complete(
     sampling: SamplingConfig,
     *,
     depth: int | None = None,
+    controller: Controller | None = None,
+    prefixes: Prefixes | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Completion:
     """Continue `prompt` until the end token, a stop token or `max_new_tokens`.
@@ -91,6 +95,8 @@ def complete(
         allowed=writable(tokenizer, model.config.vocab_size),
         mask_id=tokenizer.mask_id,
         depth=depth,
+        controller=controller,
+        prefixes=prefixes,
     )
     decoder = tokenizer.stream_decoder()
     pieces: list[str] = []

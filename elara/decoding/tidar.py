@@ -1,9 +1,9 @@
 """TiDAR decoding (arXiv 2511.08923, section 3.2): draft in parallel, verify autoregressively, in the same forward.
 
-A draft of L tokens is [t, d_1 .. d_{L-1}]: t was drawn from the AR head and stands, the d_i were drawn from the
-diffusion head and must be verified. One forward reads the draft behind the cache and, for each number j = 1..L of its
-tokens that may stand, a group of L masks that sees the cache and the first j of them. The AR head says how many stand,
-a, and draws the token behind them; the masks of group a hold the proposals for what follows that one.
+A text's last token t is not in the cache yet, and a draft d_1 .. d_n of the diffusion head may stand behind it. One
+forward reads t and the draft behind the cache and, for some numbers j of these tokens, a group of masks that sees the
+cache and the first j of them. The AR head says how many stand, a, and draws the token behind them; the masks of group a
+hold the proposals for what follows that one. Without a group behind a, the next step has no draft to verify.
 """
 
 from __future__ import annotations
@@ -18,68 +18,148 @@ from elara.decoding.sampling import draw, probabilities
 from elara.model import ElaraLM, KVCache, MaskSection
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What one forward does: read `length` tokens (the last one and length - 1 of its draft), and think in a group of
+    `masks` masks behind the first j of them for every j in `groups`. AR is plain autoregression."""
+
+    length: int
+    groups: tuple[int, ...] = ()
+    masks: int = 0
+
+
+AR = Plan(1)
+
+
 @dataclass
 class Draft:
-    """tokens: (batch, L), the first drawn by the AR head. proposal: (batch, L-1, vocab), what drew the others."""
+    """tokens: the proposals behind a row's last token. proposal: (len(tokens), vocab), what drew them; None = greedy."""
 
-    tokens: Tensor
-    proposal: Tensor
+    tokens: list[int]
+    proposal: Tensor | None
+
+    @staticmethod
+    def none() -> Draft:
+        return Draft([], None)
+
+    def cut(self, count: int) -> Draft:
+        """The first `count` proposals."""
+        return Draft(self.tokens[:count], None if self.proposal is None else self.proposal[:count])
+
+
+def whole_plan(length: int) -> Plan:
+    """The paper's step: `length` tokens, a group of as many masks behind every number of them."""
+    return Plan(length, tuple(range(1, length + 1)), length)
 
 
 def mask_groups(starts: list[list[int]], length: int, mask_id: int, device: torch.device) -> MaskSection:
     """One group of `length` masks at each of the starts, (batch, groups)."""
     tokens = torch.full((len(starts), len(starts[0]) * length), mask_id, device=device)
     shared = all(row == starts[0] for row in starts)
-    return MaskSection(torch.tensor(starts[0] if shared else starts), length, tokens)
+    return MaskSection(torch.tensor(starts[0] if shared else starts, device=device), length, tokens)
+
+
+def think_and_talk(
+    model: ElaraLM, tokens: Tensor, cache: KVCache, groups: list[int], length: int, mask_id: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """The one forward of a step: append tokens, (batch, n), with a group of masks behind the first j for j in groups.
+
+    Returns the hidden states of the tokens, (batch, n, n_embd), and of the groups, (batch, groups, length, n_embd), or
+    None without any. The cache holds all the tokens afterwards: truncate it to what was accepted.
+    """
+    if not groups:
+        return model(tokens, cache=cache).hidden, None
+    assert mask_id is not None
+    starts = [[have + j for j in groups] for have in cache.lengths]
+    output = model(tokens, section=mask_groups(starts, length, mask_id, tokens.device), cache=cache)
+    assert output.mask_hidden is not None
+    return output.hidden, output.mask_hidden.unflatten(1, (len(groups), length))
 
 
 def draft(
     model: ElaraLM,
-    first: Tensor,
-    mask_hidden: Tensor,
-    sampling: SamplingConfig,
-    uniform: Tensor,
-    allowed: Tensor | None = None,
-) -> Draft:
-    """Draw a draft behind `first`, (batch,), from the L masks of one group, (batch, L, n_embd).
+    last: list[int],
+    group: Tensor,
+    samplings: list[SamplingConfig],
+    generators: list[torch.Generator],
+    allowed: Tensor | None,
+) -> list[Draft]:
+    """Draw each row's proposals behind its last token from the masks of one group, (rows, length, n_embd).
 
-    The group's first mask stands for `first` itself and is not read. uniform: (batch, L-1).
+    The group's first mask stands for the last token itself and is not read. With `tidar.chain` every proposal depends on
+    the one before it.
     """
-    proposal = probabilities(model.diffusion_head(mask_hidden[:, 1:]), sampling, allowed)
-    return Draft(torch.cat([first[:, None], draw(proposal, uniform)], 1), proposal)
+    greedy = all(sampling.temperature == 0 for sampling in samplings)
+    previous = torch.tensor(last, device=group.device)
+    if model.chain is None:
+        return _draw(model.diffusion_head(group[:, 1:]), samplings, generators, allowed, greedy=greedy)
+    parts = []
+    for place in range(1, group.shape[1]):
+        logits = model.diffusion_head(group[:, place], previous)[:, None]
+        parts.append(_draw(logits, samplings, generators, allowed, greedy=greedy))
+        previous = torch.tensor([made.tokens[0] for made in parts[-1]], device=group.device)
+    joined = []
+    for made in zip(*parts, strict=True):
+        proposals = [each.proposal for each in made if each.proposal is not None]
+        joined.append(Draft([each.tokens[0] for each in made], torch.cat(proposals) if proposals else None))
+    return joined
 
 
-def think_and_talk(model: ElaraLM, tokens: Tensor, cache: KVCache, mask_id: int) -> tuple[Tensor, Tensor]:
-    """The one forward of a step: append a draft, (batch, L), with a group of masks behind each of its tokens.
+def _draw(
+    logits: Tensor,
+    samplings: list[SamplingConfig],
+    generators: list[torch.Generator],
+    allowed: Tensor | None,
+    *,
+    greedy: bool,
+) -> list[Draft]:
+    """Drafts from independent logits, (rows, n, vocab)."""
+    if greedy:
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        return [Draft(tokens, None) for tokens in logits.argmax(-1).tolist()]
+    drafts = []
+    for each, sampling, generator in zip(logits, samplings, generators, strict=True):
+        proposal = probabilities(each, sampling, allowed)
+        uniform = torch.rand(len(each), generator=generator).to(each.device)
+        drafts.append(Draft(draw(proposal, uniform).tolist(), proposal))
+    return drafts
 
-    Returns the AR logits behind every drafted token, (batch, L, vocab), and the hidden states of the mask groups,
-    (batch, L groups, L, n_embd). The cache holds the whole draft afterwards: truncate it to what was accepted.
+
+def longest_agreement(best: list[list[int]], drafts: list[list[int]], limits: list[int]) -> list[tuple[int, int]]:
+    """Greedy verification: how many tokens of each row stand, 1..limit, and the token behind them.
+
+    best: (rows, n) ids, the most likely token behind each of the n that were read.
     """
-    batch, length = tokens.shape
-    starts = [[have + j for j in range(1, length + 1)] for have in cache.lengths]
-    output = model(tokens, section=mask_groups(starts, length, mask_id, tokens.device), cache=cache)
-    assert output.mask_hidden is not None
-    return model.ar_head(output.hidden), output.mask_hidden.view(batch, length, length, -1)
+    found = []
+    for said, proposed, limit in zip(best, drafts, limits, strict=True):
+        count = 1
+        while count < limit and proposed[count - 1] == said[count - 1]:
+            count += 1
+        found.append((count, said[count - 1]))
+    return found
 
 
-def verify(probs: Tensor, drafted: Draft, limit: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def verify(probs: Tensor, drafted: Draft, uniform: Tensor, trusted: Tensor | None = None) -> tuple[int, int]:
     """Speculative rejection sampling (arXiv 2211.17192, algorithm 1): the text follows the AR distribution exactly.
 
-    probs: (batch, L, vocab), the AR distribution behind each drafted token. limit: (batch,) in 1..L, how many tokens of
-    the draft may stand at most. uniform: (batch, L) in [0, 1). Returns how many tokens stand, (batch,) in 1..limit, and
-    the token behind them, (batch,).
+    probs: (n + 1, vocab), the AR distribution behind the last token and each of the n proposals. uniform: (n + 1) in
+    [0, 1). trusted: boolean (n, vocab), tokens that stand without a trial, which is no longer exact. Returns how many of
+    the n + 1 tokens stand, and the token behind them.
     """
-    rows = torch.arange(len(probs), device=probs.device)
-    ids = drafted.tokens[:, 1:, None]
-    p = probs[:, :-1].gather(2, ids)[..., 0]  # (batch, L-1)
-    q = drafted.proposal.gather(2, ids)[..., 0]
-    passed = (uniform[:, :-1] * q < p).long().cumprod(1)  # u < p / q, until the first that fails
-    accepted = torch.minimum(1 + passed.sum(1), limit)
-    behind = probs[rows, accepted - 1]  # (batch, vocab)
-    rejected = accepted < limit  # else the draft ended or was cut: nothing was refused, the AR distribution stands
-    if drafted.proposal.shape[1]:
-        refused = drafted.proposal[rows, (accepted - 1).clamp(max=drafted.proposal.shape[1] - 1)]
-        residual = (behind - refused).clamp(min=0)
-        # all zeros means p = q up to rounding
-        behind = torch.where((rejected & (residual.sum(1) > 0))[:, None], residual, behind)
-    return accepted, draw(behind, uniform[:, -1])
+    ids = torch.as_tensor(drafted.tokens, device=probs.device)[:, None]
+    p = probs[:-1].gather(1, ids)[:, 0]
+    q = drafted.proposal.gather(1, ids)[:, 0] if drafted.proposal is not None else torch.ones_like(p)
+    stands = uniform[:-1] * q < p  # u < p / q
+    if trusted is not None:
+        stands |= trusted.gather(1, ids)[:, 0]
+    count = 1 + int(stands.long().cumprod(0).sum())
+    behind = probs[count - 1]
+    if count < len(probs):
+        if drafted.proposal is not None:
+            residual = (behind - drafted.proposal[count - 1]).clamp(min=0)
+        else:
+            residual = behind.index_fill(0, ids[count - 1], 0.0)
+        if float(residual.sum()) > 0:  # all zeros means p = q up to rounding
+            behind = residual
+    return count, int(draw(behind, uniform[-1]))

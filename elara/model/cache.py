@@ -10,10 +10,11 @@ from elara.errors import ElaraError
 
 
 class KVCache:
-    """Preallocated cache with rollback; rows may differ in length.
+    """Preallocated cache with rollback; rows may differ in length, come and go.
 
-    k, v: (effective layers, batch, n_kv_head, capacity, head_dim). `lengths[row]` tokens of a row are valid; what lies
-    behind is overwritten by the next append, so dropping rejected drafts is `truncate` and costs nothing.
+    k, v: (effective layers, slots, n_kv_head, capacity, head_dim). The first `batch` slots hold rows. `lengths[row]`
+    tokens of a row are valid; what lies behind is overwritten by the next append, so dropping rejected drafts is
+    `truncate` and costs nothing.
     """
 
     def __init__(
@@ -25,16 +26,22 @@ class KVCache:
         depth: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        slots: int | None = None,
     ) -> None:
+        """batch: empty rows to begin with, of `slots` (default: as many)."""
         self.depth = depth or config.trm.depth
         layers = config.model.n_layer * self.depth
-        shape = (layers, batch, config.n_kv_head, capacity, config.head_dim)
+        shape = (layers, slots or batch, config.n_kv_head, capacity, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * batch
 
     @property
     def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def slots(self) -> int:
         return self.k.shape[1]
 
     @property
@@ -51,7 +58,7 @@ class KVCache:
         end = max(self.lengths) + new
         if end > self.capacity:
             raise ElaraError(f"the KV cache holds {self.capacity} tokens and {end} are needed: make it larger")
-        keys, values = self.k[layer], self.v[layer]
+        keys, values = self.k[layer, : self.batch], self.v[layer, : self.batch]
         if min(self.lengths) == max(self.lengths):
             keys[:, :, end - new : end] = k
             values[:, :, end - new : end] = v
@@ -81,6 +88,30 @@ class KVCache:
         twin.v = self.v.new_zeros(layers, batch, heads, capacity, dim)
         return twin
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens in every row; what is held stays."""
+        if capacity > self.capacity:
+            wider = self.like(self.slots, capacity)
+            wider.k[:, :, :, : self.capacity], wider.v[:, :, :, : self.capacity] = self.k, self.v
+            self.k, self.v = wider.k, wider.v
+
+    def extend(self, other: KVCache) -> None:
+        """Put the rows of `other` behind the rows here; raises ElaraError when there are not enough slots."""
+        first = self.batch
+        if first + other.batch > self.slots:
+            raise ElaraError(f"the KV cache has {self.slots} rows and {first + other.batch} are needed: make it larger")
+        self.lengths += [0] * other.batch
+        self.replace(list(range(first, self.batch)), other)
+
+    def drop(self, row: int) -> None:
+        """Take a row out; the last one moves into its place."""
+        held = self.lengths.pop()
+        last = self.batch
+        if row != last:
+            self.k[:, row, :, :held] = self.k[:, last, :, :held]
+            self.v[:, row, :, :held] = self.v[:, last, :, :held]
+            self.lengths[row] = held
+
     def replace(self, rows: list[int], other: KVCache) -> None:
         """Put the rows of `other` in place of these rows."""
         for row, source in zip(rows, range(other.batch), strict=True):
@@ -97,8 +128,8 @@ class KVCache:
         if batch is not None and self.batch not in (1, batch):
             raise ElaraError(f"cannot fork {self.batch} rows into {batch}")
         twin = self.like(batch or self.batch, capacity or self.capacity)
-        twin.k[:, :, :, :keep] = self.k[:, :, :, :keep]
-        twin.v[:, :, :, :keep] = self.v[:, :, :, :keep]
+        twin.k[:, :, :, :keep] = self.k[:, : self.batch, :, :keep]
+        twin.v[:, :, :, :keep] = self.v[:, : self.batch, :, :keep]
         lengths = self.lengths if prefix is None else [prefix] * self.batch
         twin.lengths = list(lengths) * (twin.batch // self.batch)
         return twin

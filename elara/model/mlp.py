@@ -39,11 +39,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Dense feed-forward layer: (..., n_embd) -> (..., n_embd) through `hidden` gated units."""
+    """Dense feed-forward layer: (..., inputs or n_embd) -> (..., n_embd) through `hidden` gated units."""
 
-    def __init__(self, n_embd: int, hidden: int) -> None:
+    def __init__(self, n_embd: int, hidden: int, inputs: int | None = None) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(n_embd, 2 * hidden, bias=False)
+        self.gate_up = nn.Linear(inputs or n_embd, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ PARTS = (
     "diffusion head",
 )
 _PIECES = {  # a part by what its parameters' names contain; the first that fits
+    "chain.": "diffusion head",
     "norm": "norms",
     "embed.": "embedding",
     ".attention.": "attention",

@@ -113,7 +113,8 @@ def elara_loss(
         targets = supervision.targets.masked_fill(hidden_pad, IGNORE)
         weights = None if supervision.weights is None else supervision.weights.flatten()
         assert output.mask_hidden is not None
-        mask_hidden = output.mask_hidden.flatten(0, 1)
+        previous = inputs[:, section.positions()[0].to(inputs.device) - 1]
+        mask_hidden = model.chained(output.mask_hidden, previous).flatten(0, 1)
         diffusion = cross_entropy(mask_hidden, model.diffusion_weight, targets.flatten(), weights=weights)
         total = total + config.loss_weight * diffusion
     return Losses(total, ar, diffusion, output.routing.penalty, output.routing)

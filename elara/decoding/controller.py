@@ -1,0 +1,179 @@
+"""The controller: what each TiDAR step does, from running estimates of acceptance and the measured cost of a step.
+
+On a mixture of experts a fixed draft can be slower than plain decoding: more tokens touch more experts. So every step
+chooses among plans whose cost was measured on this machine, by the rate of tokens that the acceptance seen lately
+promises, and plain autoregression is one of them. A budget bounds what trying may cost.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elara.decoding.config import SamplingConfig
+from elara.decoding.engine import Engine, Row
+from elara.decoding.tidar import AR, Draft, Plan
+from elara.model import ElaraLM
+
+MARGIN = 1.03  # what a plan must promise over plain decoding: costs are measured, not known
+PRIOR, PRIOR_WEIGHT = 0.6, 2.0  # chance that a proposal stands before any was seen, and how many trials that is worth
+MEMORY = 0.93  # of a trial, per trial after it: the text's character changes
+FORGET = 0.98  # of all trials, per token of plain decoding: what was hopeless may be worth another look
+START, SHARE = 1.5, 0.01  # AR steps that trying may cost: at the start, and for every token written
+
+
+@dataclass
+class Costs:
+    """Median seconds of a whole step, by (tokens read, groups, masks per group), at one batch size."""
+
+    seconds: dict[tuple[int, int, int], float]
+
+    def of(self, plan: Plan) -> float:
+        return self.seconds[plan.length, len(plan.groups), plan.masks]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Draft lengths that were measured."""
+        return sorted({length for length, _, _ in self.seconds if length > 1})
+
+    def groups(self, length: int) -> list[int]:
+        """Numbers of groups that were measured at a length."""
+        return sorted(count for read, count, _ in self.seconds if read == length)
+
+    def to_list(self) -> list[list[float]]:
+        return [[*key, value] for key, value in self.seconds.items()]
+
+    @staticmethod
+    def from_list(rows: Iterable[Iterable[float]]) -> Costs:
+        return Costs({(int(a), int(b), int(c)): float(seconds) for a, b, c, seconds in rows})
+
+
+def candidates(longest: int) -> list[Plan]:
+    """The plans that are measured: lengths and numbers of groups in powers of two, drafting alone, and plain AR."""
+    powers = [2, 4, 8, 16, 32, 64]
+    plans = [AR]
+    for length in sorted({p for p in powers if p < longest} | {longest} - {1}):
+        plans.append(Plan(1, (1,), length))
+        for count in sorted({p for p in [1, *powers] if p < length} | {length}):
+            plans.append(Plan(length, tuple(range(length - count + 1, length + 1)), length))
+        plans.append(Plan(length, (), 0))
+    return plans
+
+
+@torch.inference_mode()
+def calibrate(
+    model: ElaraLM,
+    mask_id: int,
+    *,
+    allowed: Tensor | None = None,
+    batch: int = 1,
+    depth: int | None = None,
+    context: int = 128,
+    seconds: float = 2.0,
+) -> Costs:
+    """Time every candidate plan on random text of `context` tokens: in turn, at least 4 rounds, about `seconds` long."""
+    longest = model.config.tidar.block_length
+    context = min(context, model.config.model.context_length // 2)
+    room = longest * (longest + 1)
+    engine = Engine(model, slots=batch, capacity=context + longest, room=room, mask_id=mask_id, depth=depth)
+    engine.allowed = None if allowed is None else allowed.to(engine.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.arange(model.config.vocab_size) if allowed is None else allowed.cpu().nonzero()[:, 0]
+
+    def random_ids(count: int) -> list[int]:
+        return ids[torch.randint(len(ids), (count,), generator=generator)].tolist()
+
+    greedy = SamplingConfig(temperature=0.0, max_new_tokens=1 << 30)
+    engine.admit([Row(i, random_ids(context), greedy, 1 << 30, generator) for i in range(batch)])
+    plans = candidates(longest)
+    times: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    started = time.perf_counter()
+    rounds = 0
+    while rounds < 5 or (time.perf_counter() - started < seconds and rounds < 40):
+        for plan in plans:
+            for row in engine.rows:
+                row.text = row.text[:context]
+                row.draft = Draft(random_ids(plan.length - 1), None)
+            engine.cache.truncate([context - 1] * batch)
+            begin = time.perf_counter()
+            engine.step(plan)
+            times[plan].append(time.perf_counter() - begin)
+        rounds += 1
+    return Costs({(p.length, len(p.groups), p.masks): statistics.median(t[1:]) for p, t in times.items()})
+
+
+class Controller:
+    """Chooses the plan of every step. Its choices depend on costs and drafts alone, not on the clock: with the same costs
+    a seed writes the same text."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self.longest = max(costs.lengths, default=1)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what earlier texts were like."""
+        self.stood = [PRIOR * PRIOR_WEIGHT] * self.longest  # by place in the draft: proposals that stood
+        self.tried = [PRIOR_WEIGHT] * self.longest
+        self.credit, self.written = 0.0, 0.0  # in AR steps; tokens per row
+        self._choice: tuple[Plan, Plan] | None = None
+        self._stale = 0
+
+    def step(self, engine: Engine) -> None:
+        """Move the engine on by one step of the best plan."""
+        plan = self.plan(drafted=any(row.draft.tokens for row in engine.rows))
+        engine.step(plan)
+        self.observe(plan, engine.rows)
+
+    def plan(self, *, drafted: bool) -> Plan:
+        """What the next step does; drafted: whether there is a draft to verify."""
+        if self._choice is None or self._stale >= 4:
+            self._choice, self._stale = self._best(), 0
+        think, talk = self._choice
+        plan = talk if drafted else think
+        lost = self.costs.of(plan) / self.costs.of(AR) - 1  # if nothing of the draft stands
+        return plan if self.credit - lost > -(START + SHARE * self.written) else AR
+
+    def observe(self, plan: Plan, rows: list[Row]) -> None:
+        """Learn from a step: `drafted`, `accepted` and `new` of every row that was in it."""
+        for row in rows:
+            for place in range(min(row.drafted, row.accepted + 1)):
+                self.stood[place] = MEMORY * self.stood[place] + (place < row.accepted)
+                self.tried[place] = MEMORY * self.tried[place] + 1
+        tokens = sum(len(row.new) for row in rows) / len(rows)
+        self.written += tokens
+        self.credit = min(2 * START, self.credit + tokens - self.costs.of(plan) / self.costs.of(AR))
+        if plan == AR:
+            for place in range(self.longest):
+                self.stood[place] += (1 - FORGET) * (PRIOR * PRIOR_WEIGHT - self.stood[place])
+                self.tried[place] += (1 - FORGET) * (PRIOR_WEIGHT - self.tried[place])
+        self._stale += 1
+
+    def _best(self) -> tuple[Plan, Plan]:
+        """The plans without and with a draft at hand that together write the most tokens per second."""
+        reach = [1.0]
+        for stood, tried in zip(self.stood, self.tried, strict=True):
+            reach.append(reach[-1] * (stood / tried))
+        plain = self.costs.of(AR)
+        best, choice = MARGIN / plain, (AR, AR)
+        for length in self.costs.lengths:
+            think = Plan(1, (1,), length)
+            chances = [reach[j - 1] - (reach[j] if j < length else 0) for j in range(1, length + 1)]  # that j stand
+            likely = sorted(range(1, length + 1), key=lambda j: -chances[j - 1])
+            tokens = sum(reach[:length])
+            for count in self.costs.groups(length):
+                groups = tuple(sorted(likely[:count]))
+                talk = Plan(length, groups, length if groups else 0)
+                again = sum(chances[j - 1] for j in groups)  # chance that the next step has a draft as well
+                share = 1 / (2 - again)  # of the steps that verify; the others only think
+                rate = (share * tokens + 1 - share) / (
+                    share * self.costs.of(talk) + (1 - share) * self.costs.of(think)
+                )
+                if rate > best:
+                    best, choice = rate, (think, talk)
+        return choice
