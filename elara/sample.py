@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from elara import checkpoint
 from elara.cli import hydra_main
 from elara.decoding import SamplingConfig, complete
+from elara.device import find_device
 from elara.errors import ElaraError
 from elara.model import PRECISIONS
 from elara.runs import find_checkpoint
@@ -33,7 +33,7 @@ def sample(config: DictConfig) -> None:
     wanted = cast(SampleConfig, OmegaConf.to_object(config))
     if wanted.precision not in PRECISIONS:
         raise ElaraError(f"precision={wanted.precision} must be one of: {', '.join(PRECISIONS)}")
-    folder, device = find_checkpoint(wanted.checkpoint), _device(wanted.device)
+    folder, device = find_checkpoint(wanted.checkpoint), find_device(wanted.device)
     loaded = checkpoint.load(folder, device=device, precision=wanted.precision)
     prompt = iter([wanted.prompt])  # shown with the first text, so that a prompt that is refused is not
 
@@ -45,16 +45,6 @@ def sample(config: DictConfig) -> None:
         f"{next(prompt, '')}\n\n[{done.tokens} tokens, {done.tokens_per_second:.1f} tokens/s, "
         f"{done.tokens_per_forward:.2f} tokens per forward, mode {wanted.mode}]"
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ElaraError(f"device={name} cannot be used here ({reason}): use cpu or auto") from error
 
 
 def main() -> None:

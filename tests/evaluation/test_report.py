@@ -72,7 +72,7 @@ def test_json_and_picture_are_written(results, text, tmp_path):
 def test_one_passage_has_no_standard_error(loaded, text, tmp_path):
     one = HeldOutText("short", text.passages[:1], 1)
     result = evaluate(loaded, one, EvalConfig(prompts=0, precisions=[]))
-    assert math.isnan(result.loss.bits_per_byte_error)
+    assert result.loss is not None and math.isnan(result.loss.bits_per_byte_error)
     assert "±" not in shown([result], one)
     plain = json.loads(write([result], one, {}, tmp_path)[0].read_text())
     assert plain["results"][0]["loss"]["loss_error"] is None
