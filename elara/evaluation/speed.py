@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from elara.checkpoint import Loaded
-from elara.decoding import SamplingConfig, generate, writable
+from elara.decoding import Controller, SamplingConfig, calibrate, generate, writable
 from elara.decoding.config import MODES
 
 
@@ -42,8 +42,9 @@ class _Timed:
 
 
 def modes_of(loaded: Loaded) -> list[str]:
-    """The decoding modes that a model can serve: all need a diffusion head but `ar`."""
-    return [mode for mode in MODES if mode == "ar" or loaded.config.tidar.block_length > 1]
+    """The decoding modes that a model can serve, `ar` first: all others need a diffusion head."""
+    drafts = loaded.config.tidar.block_length > 1
+    return ["ar", *(mode for mode in MODES if mode != "ar" and drafts)]
 
 
 def measure_speed(
@@ -59,9 +60,15 @@ def measure_speed(
     """Greedy generation of `new_tokens` behind held-out prompts; one list of modes per model.
 
     models: each by precision, `float32` among them. prompts: of each model, at least one. A round takes the next
-    `batch` prompts through all models, precisions and modes; one round runs first and does not count. advance: called
-    with 1 behind each round.
+    `batch` prompts through all models, precisions and modes; one round runs first and does not count. The controller of
+    `auto` is calibrated before. advance: called with 1 behind each round.
     """
+    controllers = {
+        (i, precision): _controller(loaded, batch, depth)
+        for i, model in enumerate(models)
+        for precision, loaded in model.items()
+        if "auto" in modes_of(loaded)
+    }
     timed: dict[tuple[int, str, str], list[_Timed]] = {
         (i, precision, mode): []
         for i, model in enumerate(models)
@@ -71,7 +78,8 @@ def measure_speed(
     for number in range(rounds + 1):
         for (i, precision, mode), taken in timed.items():
             rows = [prompts[i][(number * batch + row) % len(prompts[i])] for row in range(batch)]
-            taken.append(_timed(models[i][precision], rows, mode, new_tokens, depth))
+            controller = controllers[i, precision] if mode == "auto" else None
+            taken.append(_timed(models[i][precision], rows, mode, new_tokens, depth, controller))
         if advance is not None:
             advance(1)
     found: list[list[Speed]] = [[] for _ in models]
@@ -87,7 +95,20 @@ def measure_speed(
     return found
 
 
-def _timed(loaded: Loaded, prompts: list[list[int]], mode: str, new_tokens: int, depth: int | None) -> _Timed:
+def _controller(loaded: Loaded, batch: int, depth: int | None) -> Controller:
+    tokenizer = loaded.tokenizer
+    allowed = writable(tokenizer, loaded.config.vocab_size)
+    return Controller(calibrate(loaded.model, tokenizer.mask_id, allowed=allowed, batch=batch, depth=depth))
+
+
+def _timed(
+    loaded: Loaded,
+    prompts: list[list[int]],
+    mode: str,
+    new_tokens: int,
+    depth: int | None,
+    controller: Controller | None,
+) -> _Timed:
     model, tokenizer = loaded.model, loaded.tokenizer
     sampling = SamplingConfig(mode=mode, max_new_tokens=new_tokens, temperature=0.0)
     allowed = writable(tokenizer, model.config.vocab_size)
@@ -96,7 +117,10 @@ def _timed(loaded: Loaded, prompts: list[list[int]], mode: str, new_tokens: int,
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
     tokens = forwards = 0
-    for step in generate(model, prompts, sampling, allowed=allowed, mask_id=tokenizer.mask_id, depth=depth):
+    steps = generate(
+        model, prompts, sampling, allowed=allowed, mask_id=tokenizer.mask_id, depth=depth, controller=controller
+    )
+    for step in steps:
         tokens += sum(map(len, step.tokens))
         forwards += 1
     if device.type == "cuda":
