@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+from typing import Any
 
 import pytest
 import torch
@@ -223,3 +224,42 @@ def test_the_items_are_those_of_the_held_out_plays():
         assert whole.count(item["context"] + item["choices"][item["answer"]] + "\n") >= 1
         assert len(set(item["choices"])) == 4
     assert {item["answer"] for item in made["shakespeare_cloze"]} == {0, 1, 2, 3}
+
+
+@pytest.mark.slow  # imports transformers, which is in no extra of ours
+def test_lm_evals_own_model_class_gives_the_same(loaded):
+    """The same weights behind `HFLM`, lm-eval's reference, on the same requests."""
+    transformers: Any = pytest.importorskip("transformers")
+    tokenizers: Any = pytest.importorskip("tokenizers")
+    from lm_eval.models.huggingface import HFLM
+
+    class Wrapped(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.elara = loaded.model
+            self.post_init()
+
+        def _init_weights(self, module):
+            pass
+
+        def forward(self, input_ids, **_):
+            return transformers.modeling_outputs.CausalLMOutput(logits=self.elara.ar_head(self.elara(input_ids).hidden))
+
+    tokenizer = loaded.tokenizer
+    vocabulary = {character: i for i, character in enumerate(tokenizer.characters)} | {"<end>": tokenizer.end_id}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<end>"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[^\0]"), "isolated")
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>", pad_token="<end>")
+    reference = HFLM(
+        pretrained=Wrapped(transformers.PretrainedConfig(architectures=["Wrapped"])),
+        tokenizer=wrapped, max_length=24, batch_size=4, device="cpu", dtype=torch.float64,
+        logits_cache=False,  # it mistakes equal inputs with continuations of other lengths for each other
+    )  # fmt: skip
+    pairs = [pair for pair in PAIRS if len(pair[1]) <= 24]
+    for kind, asked in (("loglikelihood", pairs), ("loglikelihood_rolling", [(LONG,), ("ROMEO",), (LONG[:25],)])):
+        theirs, ours = ask(reference, kind, *asked), ask(ElaraEval(loaded), kind, *asked)
+        assert [t[0] if isinstance(t, tuple) else t for t in ours] == pytest.approx(
+            [t[0] if isinstance(t, tuple) else t for t in theirs], abs=1e-4
+        )
