@@ -274,14 +274,16 @@ def _cut(text: str, until: Iterable[str]) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """lm-eval reports its steps on both streams and shows bars; only errors are ours to hear."""
-    logger, bars = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
+    levels, bars = [logger.level for logger in loggers], lm_eval.api.task.tqdm
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(bars, disable=True)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap in this process
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         lm_eval.api.task.tqdm = bars
