@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
@@ -105,12 +105,25 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", precision: str
     with torch.device("meta"):
         model = ElaraLM(config)
     fit(path, state, model)
-    model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
-    del state  # so that what `convert` has replaced can go
-    model.eval()
-    if precision != "float32":
-        convert(model, precision)
+    if precision == "float32":
+        model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
+        model.eval()
+    else:
+        biases = {name: value.clone() for name, value in state.items() if name.endswith(".selection_bias")}
+        del state  # a mapped file stays in memory as long as any of its tensors lives
+
+        def fill(name: str, part: nn.Module) -> None:
+            mapped = load_file(path / WEIGHTS) | biases
+            mine = {key.removeprefix(f"{name}."): v for key, v in mapped.items() if key.startswith(f"{name}.")}
+            part.load_state_dict({key: _apart(v.to(device)) for key, v in mine.items()}, assign=True)
+
+        convert(model, precision, fill)
     return Loaded(model, read_tokenizer(path, meta), config, meta)
+
+
+def _apart(value: Tensor) -> Tensor:
+    """A small tensor out of the mapped file: the router keeps its own as they are, and would keep the file."""
+    return value.clone() if value.numel() < 1 << 20 else value
 
 
 def read_meta(path: Path) -> dict[str, Any]:

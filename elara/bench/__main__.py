@@ -21,6 +21,7 @@ class BenchConfig:
     rounds: int = 7
     device: str = "auto"
     threads: int | None = None
+    checkpoint: str | None = None
 
 
 def bench(config: DictConfig) -> None:
@@ -29,7 +30,7 @@ def bench(config: DictConfig) -> None:
     from elara.bench.run import run
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    run(list(config.cases), config.rounds, config.device, config.threads, folder)
+    run(list(config.cases), config.rounds, config.device, config.threads, config.checkpoint, folder)
 
 
 def main() -> None:

@@ -4,34 +4,51 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 Run = Callable[[], object]
+WARM_UP = 2  # rounds that do not count
 
 
 @dataclass
 class Figure:
-    """One line of the result. ratio: subject / reference, or reference / subject where `faster` (a speed-up).
+    """One line of the result.
 
-    target: what the ratio is held against, at most (a cost) or at least (a speed-up). seconds: medians of both.
-    low, high: quartiles of the ratio over the rounds.
+    ratio: subject / reference, or reference / subject where `faster` (a speed-up); low, high: its quartiles.
+    target: what the ratio is held against, at most (a cost) or at least (a speed-up); None = for information.
+    subject, reference: medians, in `unit`s (s or bytes). limit: which measured limit of the machine `share` is of, by
+    the subject: memory bandwidth or matmul; share_target: its least. tokens_per_second, mfu: of the subject, the latter
+    where a GPU's peak is known. series, at: the curve that this figure is a point of, and where.
     """
 
     name: str
     ratio: float
     low: float
     high: float
-    target: float
+    target: float | None
     faster: bool
-    subject_seconds: float
-    reference_seconds: float
+    subject: float
+    reference: float
     note: str = ""
+    unit: str = "s"
+    limit: str = ""
+    share: float | None = None
+    share_target: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    series: str = ""
+    at: float | None = None
 
     @property
     def met(self) -> bool:
+        """Whether every target that there is was reached."""
+        if self.share_target is not None and (self.share or 0.0) < self.share_target:
+            return False
+        if self.target is None:
+            return True
         return self.ratio >= self.target if self.faster else self.ratio <= self.target
 
 
@@ -46,21 +63,44 @@ def timed(run: Run) -> float:
     return time.perf_counter() - begin
 
 
-def compare(
-    name: str, subject: Run, reference: Run, *, target: float, faster: bool = False, rounds: int = 9, note: str = ""
+def race(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run, by round: each round takes all of them in turn, after `WARM_UP` that do not count."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + WARM_UP):
+        for name, run in runs.items():
+            found[name].append(timed(run))
+    return {name: seconds[WARM_UP:] for name, seconds in found.items()}
+
+
+def figure(
+    name: str,
+    subject: Sequence[float],
+    reference: Sequence[float],
+    *,
+    target: float | None = None,
+    faster: bool = False,
+    note: str = "",
 ) -> Figure:
-    """Run both in turn, after two rounds that do not count, and take the median of the pairwise ratios."""
-    pairs = [(timed(subject), timed(reference)) for _ in range(rounds + 2)][2:]
+    """The median of the ratios of neighbours: seconds of the subject and of the reference, by round."""
+    pairs = list(zip(subject, reference, strict=True))
     ratios = sorted(r / s if faster else s / r for s, r in pairs)
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    middle = statistics.median
     return Figure(
-        name,
-        statistics.median(ratios),
-        quartiles[0],
-        quartiles[2],
-        target,
-        faster,
-        statistics.median(s for s, _ in pairs),
-        statistics.median(r for _, r in pairs),
-        note,
+        name, middle(ratios), quartiles[0], quartiles[2], target, faster, middle(subject), middle(reference), note
     )
+
+
+def compare(
+    name: str,
+    subject: Run,
+    reference: Run,
+    *,
+    target: float | None = None,
+    faster: bool = False,
+    rounds: int = 9,
+    note: str = "",
+) -> Figure:
+    """Run both in turn and compare their times."""
+    seconds = race({"subject": subject, "reference": reference}, rounds)
+    return figure(name, seconds["subject"], seconds["reference"], target=target, faster=faster, note=note)

@@ -1,31 +1,49 @@
-"""From the names of cases to figures, and from figures to a table, a JSON file and a picture."""
+"""From the names of cases to figures, printed as they come in."""
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from hydra import compose
-from matplotlib.figure import Figure as Picture
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
 
-from elara.bench import cases
+from elara import checkpoint
+from elara.bench import decoding, limits, memory, training
 from elara.bench.measure import Figure
+from elara.bench.report import table, write
 from elara.config import ElaraConfig
 from elara.errors import ElaraError
+from elara.runs import find_checkpoint
 
 CHARACTERS = 128  # vocabulary of the sizes that leave it to their tokenizer
 
 
-def run(names: list[str], rounds: int, device: str, threads: int | None, folder: Path) -> None:
-    """Measure, print as figures come in, then write bench.json and bench.png into `folder`."""
+@dataclass
+class Setting:
+    """What every case is told. trained: the model to decode with in `decode_modes`, None = random weights."""
+
+    device: torch.device
+    rounds: int
+    trained: decoding.Trained | None
+
+    @property
+    def few(self) -> int:
+        """Rounds of what takes long."""
+        return max(3, self.rounds // 2) if self.rounds > 2 else self.rounds
+
+
+def run(
+    names: list[str], rounds: int, device: str, threads: int | None, wanted: str | None, folder: Path
+) -> None:
+    """Measure, print as figures come in, then write bench.json and bench.png into `folder`.
+
+    wanted: checkpoint folder, run folder or run name whose model `decode_modes` decodes with.
+    """
     unknown = [name for name in names if name not in CASES]
     if unknown or not names:
         raise ElaraError(f"cases={unknown or names}: choose among {', '.join(CASES)}")
@@ -36,14 +54,33 @@ def run(names: list[str], rounds: int, device: str, threads: int | None, folder:
     if threads is not None:
         torch.set_num_threads(threads)
     on = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    console, figures = Console(width=None if sys.stdout.isatty() else 150), []
+    setting = Setting(on, rounds, None if wanted is None else _trained(wanted, on))
+    console, figures = Console(width=None if sys.stdout.isatty() else 180), []
+    measured = _limits(on)
+    for name, value in measured.items():
+        console.print(f"limit: {name} {value / 1e9:,.1f} G/s", highlight=False, soft_wrap=True)
     for name in names:
-        for figure in CASES[name](on, rounds):
+        for figure in CASES[name](setting):
             console.print(f"{figure.name}: {figure.ratio:.2f}", highlight=False, soft_wrap=True)
             figures.append(figure)
-    console.print(_table(figures, on))
-    _write(figures, on, folder)
+    console.print(table(figures, on))
+    write(figures, measured, on, folder)
     console.print(f"written: {folder}/bench.json, bench.png", highlight=False, soft_wrap=True)
+
+
+def _limits(device: torch.device) -> dict[str, float]:
+    found = {"memory bandwidth, bytes": limits.bandwidth(device)}
+    for name, dtype in training.DTYPES.items():
+        found[f"matmul in {name}, FLOP"] = limits.matmul_rate(device, dtype)
+    return found
+
+
+def _trained(wanted: str, device: torch.device) -> decoding.Trained:
+    path = find_checkpoint(wanted)
+    loaded = checkpoint.load(path, device=device)
+    if not loaded.config.tidar.block_length:
+        raise ElaraError(f"checkpoint={wanted} has no diffusion head: give one trained with tidar=full_mask")
+    return decoding.Trained(loaded.model, loaded.tokenizer.mask_id, wanted)
 
 
 def _size(name: str, **changes: int) -> ElaraConfig:
@@ -55,69 +92,48 @@ def _size(name: str, **changes: int) -> ElaraConfig:
     return replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or CHARACTERS))
 
 
-def _training_step(device: torch.device, rounds: int) -> Iterator[Figure]:
+def _large(device: torch.device) -> ElaraConfig:
+    """elara_2p8b; on a CPU four of its blocks: 217 M active parameters of 404 M, enough to be bound by memory."""
+    return _size("elara_2p8b") if device.type == "cuda" else _size("elara_2p8b", n_layer=4)
+
+
+def _training_step(setting: Setting) -> Iterator[Figure]:
     # two blocks at half the width, without the vocabulary: the 2.8 B model's proportions, small enough for a CPU
     seed = _size("elara_2p8b", n_layer=2, n_embd=640, hidden=2048, vocab_size=2048)
-    yield from cases.training_step("elara_2p8b's proportions", seed, device, max(3, rounds // 2), 8, 256)
+    yield from training.training_step("elara_2p8b's proportions", seed, setting.device, setting.few, 8, 256)
     nano = _size("elara_nano")
-    yield from cases.training_step("elara_nano", nano, device, rounds, 8, nano.model.context_length)
+    yield from training.training_step("elara_nano", nano, setting.device, setting.rounds, 8, nano.model.context_length)
 
 
-def _tidar_step(device: torch.device, rounds: int) -> Iterator[Figure]:
+def _tidar_step(setting: Setting) -> Iterator[Figure]:
     nano = _size("elara_nano")
-    yield from cases.tidar_step(nano, device, rounds, 8, nano.model.context_length)
+    yield from training.tidar_step(nano, setting.device, setting.rounds, 8, nano.model.context_length)
 
 
-CASES: dict[str, Callable[[torch.device, int], Iterator[Figure]]] = {
-    "moe_layer": lambda device, rounds: cases.moe_layer(_size("elara_124m"), device, rounds),
+def _decoding(setting: Setting) -> Iterator[Figure]:
+    yield from decoding.against_no_cache(_size("elara_tiny"), setting.device, setting.few)
+    if setting.device.type == "cuda":
+        yield from decoding.graph(_large(setting.device), setting.device, setting.rounds)
+
+
+def _forward_cost(setting: Setting) -> Iterator[Figure]:
+    yield from decoding.forward_cost("elara_nano", _size("elara_nano"), setting.device, setting.rounds)
+    name = "elara_2p8b" if setting.device.type == "cuda" else "4 blocks of elara_2p8b"
+    yield from decoding.forward_cost(name, _large(setting.device), setting.device, setting.few)
+
+
+def _memory(setting: Setting) -> Iterator[Figure]:
+    config = _size("elara_2p8b", n_layer=8, n_embd=640, hidden=2048, vocab_size=2048)
+    yield from memory.memory(config, setting.device)
+
+
+CASES: dict[str, Callable[[Setting], Iterator[Figure]]] = {
+    "moe_layer": lambda s: training.moe_layer(_size("elara_124m"), s.device, s.rounds),
     "training_step": _training_step,
     "tidar_step": _tidar_step,
-    "decoding": lambda device, rounds: cases.decoding(_size("elara_tiny"), device, max(3, rounds // 2)),
+    "decoding": _decoding,
+    "decode_modes": lambda s: decoding.modes(_size("elara_nano"), s.device, s.few, s.trained),
+    "forward_cost": _forward_cost,
+    "precision": lambda s: decoding.precision(_large(s.device), s.device, s.few),
+    "memory": _memory,
 }
-
-
-def _table(figures: list[Figure], device: torch.device) -> Table:
-    table = Table(title=f"{_hardware(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for column in ("", "ratio", "quartiles", "target", "subject ms", "reference ms", "of"):
-        table.add_column(column, justify="left" if column in ("", "of") else "right")
-    for f in figures:
-        mark = "" if f.met else " missed"
-        table.add_row(
-            f.name,
-            f"{f.ratio:.2f}",
-            f"{f.low:.2f}-{f.high:.2f}",
-            f"{'>=' if f.faster else '<='} {f.target}{mark}",
-            f"{1e3 * f.subject_seconds:.1f}",
-            f"{1e3 * f.reference_seconds:.1f}",
-            f.note,
-        )
-    return table
-
-
-def _write(figures: list[Figure], device: torch.device, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"hardware": _hardware(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    result = {**about, "figures": [{**asdict(f), "met": f.met} for f in figures]}
-    (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    picture = Picture(figsize=(9, 0.5 * len(figures) + 1.4), layout="constrained")
-    axes = picture.subplots()
-    for place, f in enumerate(reversed(figures)):
-        share = f.target / f.ratio if f.faster else f.ratio / f.target  # 1 = exactly at the target, less is better
-        axes.barh(place, share, color="#3a8f5c" if f.met else "#d9722b", height=0.6)
-        sign = "at least" if f.faster else "at most"
-        axes.text(share + 0.01, place, f"{f.ratio:.2f} ({sign} {f.target})", va="center", fontsize=8)
-    axes.axvline(1, color="#444444", linewidth=1)
-    axes.set_yticks(range(len(figures)), [f.name for f in reversed(figures)], fontsize=8)
-    axes.set_xlim(0, 1.35 * max(1.0, *(f.target / f.ratio if f.faster else f.ratio / f.target for f in figures)))
-    axes.set_xlabel("cost relative to the target (left of the line: met)")
-    axes.set_title(f"Speed on {_hardware(device)}", loc="left")
-    picture.savefig(folder / "bench.png", dpi=150)
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -8,6 +8,8 @@ sizes the kernels cannot take (int4: inputs not a multiple of 32, or outputs not
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -19,37 +21,53 @@ from elara.model.moe import Choice, Experts, Router, Weights
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 
 GROUP = 32  # inputs that share a scale in int4: the smallest that the kernel takes, the closest fit
-TILE = 16  # outputs that the int4 packing takes at once
+TILE = 16  # outputs must be a multiple of it in int4
+CHUNK = 1024  # outputs packed at once: whole blocks of the kernel's order on every CPU (64 with AVX512, else less)
 FIT_ROUNDS = 2  # of least squares; each costs a pass over the weights, the third gains less than 1 % of the error
 
 
 @torch.no_grad()
-def convert(model: ElaraLM, precision: str) -> ElaraLM:
+def convert(model: ElaraLM, precision: str, fill: Callable[[str, nn.Module], None] | None = None) -> ElaraLM:
     """Bring a float32 model to one of `PRECISIONS`, in place and for inference only; returns the same model.
 
-    int8 and int4 need a CPU, int8 one with VNNI; their model has no weights to train, save or convert again. Raises
-    ElaraError for another precision or device.
+    fill: called with each part (embedding, block, head, ...) and its name right before the part is converted, to give
+    it its float32 weights; so no more than one part is in memory in float32. int8 and int4 need a CPU, int8 one with
+    VNNI; their model has no weights to train, save or convert again. Raises ElaraError for another precision or device.
     """
     if precision not in PRECISIONS:
         raise ElaraError(f"precision={precision} must be one of: {', '.join(PRECISIONS)}")
-    device = model.embed.weight.device
-    packed = precision in ("int8", "int4")
-    if packed and device.type != "cpu":
+    parts = [*model.named_children(), *((f"blocks.{i}", block) for i, block in enumerate(model.blocks))]
+    for name, part in parts:
+        if part is model.blocks:
+            continue
+        if fill is not None:
+            fill(name, part)
+        if part is model.embed and precision in ("int8", "int4"):
+            _check_cpu(precision, model.embed.weight.device)
+            model.packed_head = pack(model.embed.weight, None, precision)
+        if precision != "float32":
+            _convert_part(model, name, part, precision)
+    return model.eval().requires_grad_(False)
+
+
+def _convert_part(model: ElaraLM, name: str, part: nn.Module, precision: str) -> None:
+    if precision in ("int8", "int4"):
+        if isinstance(part, nn.Linear):
+            setattr(model, name, pack(part.weight, part.bias, precision))
+        else:
+            _pack_children(part, precision)
+    for module in part.modules():
+        if not isinstance(module, Router | PackedInt8 | PackedInt4):
+            for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if value.dtype == torch.float32:
+                    setattr(module, key, _cast(value))
+
+
+def _check_cpu(precision: str, device: torch.device) -> None:
+    if device.type != "cpu":
         raise ElaraError(f"precision={precision} needs the CPU so far, not {device.type}: use bfloat16 there")
     if precision == "int8" and not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
         raise ElaraError("precision=int8 needs a CPU with VNNI instructions, this one has none: use int4 or bfloat16")
-    model.eval().requires_grad_(False)
-    if precision == "float32":
-        return model
-    if packed:
-        model.packed_head = pack(model.embed.weight, None, precision)
-        _pack_children(model, precision)
-    for module in model.modules():
-        if not isinstance(module, Router | PackedInt8 | PackedInt4):
-            for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                if value.dtype == torch.float32:
-                    setattr(module, name, _cast(value))
-    return model
 
 
 def pack(weight: Tensor, bias: Tensor | None, precision: str) -> nn.Module:
@@ -75,15 +93,19 @@ class PackedInt4(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        levels, scales = quantize_int4(weight.float())
-        self.register_buffer("weight", torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 2))
-        self.register_buffer("scales", scales)
+        packed, scales = [], []
+        for part in weight.split(CHUNK):  # all at once would take ten times the float's memory
+            levels, scale = quantize_int4(part.float())
+            packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 2))
+            scales.append(scale)
+        self.register_buffer("weight", torch.cat(packed))
+        self.register_buffer("scales", torch.cat(scales, 1))
         self.register_buffer("bias", None if bias is None else bias.to(torch.bfloat16))
-        self.outputs = len(levels)
+        self.outputs = len(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs) -> (..., outputs), bf16."""
-        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales)
         if self.bias is not None:
             y = y + self.bias
@@ -109,7 +131,7 @@ class PackedInt8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs) -> (..., outputs), bf16."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         unit = rows.abs().amax(1, keepdim=True).to(torch.bfloat16).mul_(1 / 126).clamp_(min=1e-12)  # rounded: <= 127
         levels = (rows / unit.float()).add_(128.5).to(torch.uint8)  # unsigned: with signed ones oneDNN is slow
         y: Tensor = torch.ops.onednn.qlinear_pointwise(

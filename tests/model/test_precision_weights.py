@@ -52,7 +52,7 @@ def test_logits_are_near_float32(make_model, options, precision):
         assert F.kl_div(have, want, log_target=True, reduction="none").sum(-1).median() < 0.02
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 64), (576, 192), (1024, 256), (80, 4096)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 64), (576, 192), (80, 4096), (2112, 64)])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 5, 130])
 def test_a_packed_matrix_multiplies_like_its_float(outputs, inputs, precision, rows):
@@ -64,6 +64,8 @@ def test_a_packed_matrix_multiplies_like_its_float(outputs, inputs, precision, r
     error = relative(packed(x), F.linear(x.float(), weight, bias))
     assert error < (0.02 if precision == "int8" else 0.09)
     assert packed(x[None]).shape == (1, rows, outputs)
+    wide = torch.cat([x, x], 1)[:, inputs:]  # a view, as decoding slices its hidden states
+    assert torch.equal(packed(wide), packed(x)) and torch.equal(packed(x.T.contiguous().T), packed(x))
 
 
 def test_int4_is_exact_for_weights_on_a_grid():

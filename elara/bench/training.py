@@ -1,4 +1,4 @@
-"""What is measured: the MoE layer, the training step with and without TiDAR, cached decoding."""
+"""What training costs: the MoE layer, the step, the step with a mask section."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from elara.bench.limits import against_matmul, moe_flops
 from elara.bench.measure import Figure, Run, compare
 from elara.bench.naive import NaiveElara
 from elara.config import ElaraConfig, TiDARConfig
-from elara.decoding import SamplingConfig, generate
 from elara.model import ElaraLM
 from elara.model.mlp import MLP
 from elara.model.moe import MoE
+from elara.training.callbacks.throughput import flops_per_token
 from elara.training.losses import elara_loss
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def moe_layer(config: ElaraConfig, device: torch.device, rounds: int) -> Iterator[Figure]:
@@ -43,8 +44,8 @@ def moe_layer(config: ElaraConfig, device: torch.device, rounds: int) -> Iterato
         y: Tensor = dense(x)
         return y.float().square().mean()
 
-    for name, dtype in PRECISIONS.items():
-        yield compare(
+    for name, dtype in DTYPES.items():
+        found = compare(
             f"MoE layer / dense MLP of the same work, {name}",
             _train(run_sparse, device, dtype, sparse),
             _train(run_dense, device, dtype, dense),
@@ -52,6 +53,7 @@ def moe_layer(config: ElaraConfig, device: torch.device, rounds: int) -> Iterato
             rounds=rounds,
             note=f"{tokens} tokens, n_embd {width}, expert {config.expert_hidden}",
         )
+        yield against_matmul(found, moe_flops(sparse, tokens), tokens, device, dtype)
 
 
 def training_step(
@@ -65,8 +67,8 @@ def training_step(
     def run_naive() -> Tensor:
         return naive.loss(_tokens(config, batch, seq, device))
 
-    for name, dtype in PRECISIONS.items():
-        yield compare(
+    for name, dtype in DTYPES.items():
+        found = compare(
             f"AR step of {what}, {name}: speed-up over naive fp32",
             _train(step, device, dtype, model),
             _train(run_naive, device, torch.float32, naive),
@@ -75,16 +77,17 @@ def training_step(
             rounds=rounds,
             note=f"batch {batch} x {seq}",
         )
+        yield _of_matmul(found, model, batch, seq, device, dtype)
 
 
 def tidar_step(config: ElaraConfig, device: torch.device, rounds: int, batch: int, seq: int) -> Iterator[Figure]:
     """A step with the mask section against the AR step of the same model."""
     reference = ElaraLM(replace(config, tidar=TiDARConfig())).to(device)
     for fraction, target in ((0.25, 1.3), (1.0, 2.1)):
-        tidar = TiDARConfig(block_length=config.tidar.block_length or 4, block_fraction=fraction)
+        tidar = replace(config.tidar, block_length=config.tidar.block_length or 4, block_fraction=fraction)
         model = ElaraLM(replace(config, tidar=tidar)).to(device)
-        for name, dtype in PRECISIONS.items():
-            yield compare(
+        for name, dtype in DTYPES.items():
+            found = compare(
                 f"TiDAR step at block_fraction {fraction} / AR step, {name}",
                 _train(_step(model, batch, seq, device), device, dtype, model),
                 _train(_step(reference, batch, seq, device), device, dtype, reference),
@@ -92,34 +95,14 @@ def tidar_step(config: ElaraConfig, device: torch.device, rounds: int, batch: in
                 rounds=rounds,
                 note=f"batch {batch} x {seq}, blocks of {tidar.block_length}",
             )
+            yield _of_matmul(found, model, batch, seq, device, dtype)
 
 
-def decoding(config: ElaraConfig, device: torch.device, rounds: int, new_tokens: int = 256) -> Iterator[Figure]:
-    """Greedy decoding with the KV cache against running the whole text again for every token."""
-    model = ElaraLM(replace(config, tidar=TiDARConfig())).to(device).eval()
-    prompt = _tokens(config, 1, 7, device)
-    greedy = SamplingConfig(temperature=0.0, max_new_tokens=new_tokens)
-
-    def cached() -> None:
-        for _ in generate(model, prompt.tolist(), greedy, mode="ar"):
-            pass
-
-    @torch.no_grad()
-    def uncached() -> None:
-        text = prompt
-        for _ in range(new_tokens):
-            logits = model.ar_head(model(text).hidden[:, -1])
-            text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
-
-    yield compare(
-        "decoding with KV cache: speed-up over none",
-        cached,
-        uncached,
-        target=10.0,
-        faster=True,
-        rounds=rounds,
-        note=f"{new_tokens} new tokens, fp32",
-    )
+def _of_matmul(
+    found: Figure, model: ElaraLM, batch: int, seq: int, device: torch.device, dtype: torch.dtype
+) -> Figure:
+    tokens = batch * seq
+    return against_matmul(found, tokens * flops_per_token(model, seq), tokens, device, dtype)
 
 
 def _step(model: ElaraLM, batch: int, seq: int, device: torch.device) -> Callable[[], Tensor]:

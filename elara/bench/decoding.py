@@ -1,0 +1,213 @@
+"""What a written token costs: caching, modes, forwards of several tokens, fewer bits per weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from elara.bench.graph import DecodeGraph
+from elara.bench.limits import against_bandwidth
+from elara.bench.measure import Figure, Run, compare, figure, race
+from elara.config import ElaraConfig, TiDARConfig
+from elara.decoding import Controller, SamplingConfig, calibrate, generate
+from elara.model import ElaraLM, KVCache, MaskSection, convert
+
+DRAFT_LENGTHS = (2, 4, 8)
+BATCHES = (1, 4, 16)
+ROUTINGS = ("token", "block", "anchor")
+
+
+@dataclass
+class Trained:
+    """A model to measure instead of random weights, and the id of its [MASK]."""
+
+    model: ElaraLM
+    mask_id: int
+    name: str
+
+
+def against_no_cache(config: ElaraConfig, device: torch.device, rounds: int, new_tokens: int = 256) -> Iterator[Figure]:
+    """Greedy decoding with the KV cache against running the whole text again for every token."""
+    model = ElaraLM(replace(config, tidar=TiDARConfig())).to(device).eval()
+    prompt = _prompts(config, [8])
+
+    @torch.no_grad()
+    def uncached() -> None:
+        text = torch.tensor(prompt, device=device)
+        for _ in range(new_tokens):
+            logits = model.ar_head(model(text).hidden[:, -1])
+            text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
+
+    found = compare(
+        "decoding with KV cache: speed-up over none",
+        _write(model, prompt, new_tokens),
+        uncached,
+        target=10.0,
+        faster=True,
+        rounds=rounds,
+        note=f"{new_tokens} new tokens, fp32",
+    )
+    yield against_bandwidth(found, model, new_tokens)
+
+
+def precision(config: ElaraConfig, device: torch.device, rounds: int, new_tokens: int = 16) -> Iterator[Figure]:
+    """Greedy decoding at batch 1 with weights in fewer bits; what a token must read is counted in those bits."""
+    names = ["float32", "bfloat16"] + (["int8", "int4"] if device.type == "cpu" else [])
+    exact = ElaraLM(replace(config, tidar=TiDARConfig())).to(device)
+    models = {name: convert(copy.deepcopy(exact), name) for name in names}
+    prompt = _prompts(config, [1])  # read in one forward like any other token
+    seconds = race({name: _write(model, prompt, new_tokens) for name, model in models.items()}, rounds)
+    targets = {("bfloat16", "float32"): None, ("int8", "bfloat16"): None, ("int4", "bfloat16"): 1.3,
+               ("int4", "float32"): 2.0}  # fmt: skip
+    for (name, reference), target in targets.items():
+        if name in models:
+            found = figure(
+                f"{name} weights: speed-up over {reference}",
+                seconds[name],
+                seconds[reference],
+                target=target,
+                faster=True,
+                note=f"{_millions(models['float32'])}, batch 1, {new_tokens} tokens",
+            )
+            yield against_bandwidth(found, models[name], new_tokens)
+
+
+def graph(config: ElaraConfig, device: torch.device, rounds: int, new_tokens: int = 64) -> Iterator[Figure]:
+    """A GPU at batch 1 in bf16: the step as one CUDA graph against the same step launched kernel by kernel."""
+    model = convert(ElaraLM(replace(config, tidar=TiDARConfig())).to(device), "bfloat16")
+    prompt = _prompts(config, [32])[0]
+    captured = DecodeGraph(model, prompt, new_tokens, capture=device.type == "cuda")
+    eager = DecodeGraph(model, prompt, new_tokens, capture=False)
+    found = compare(
+        "CUDA graph of a decoding step: speed-up over single kernels",
+        captured.write,
+        eager.write,
+        faster=True,
+        rounds=rounds,
+        note=f"{_millions(model)}, bf16, batch 1",
+    )
+    yield against_bandwidth(found, model, new_tokens, target=0.5)
+
+
+def modes(
+    config: ElaraConfig, device: torch.device, rounds: int, trained: Trained | None = None, new_tokens: int = 32
+) -> Iterator[Figure]:
+    """Greedy TiDAR by draft length and batch, prompts of ragged lengths, against plain AR on the same prompts.
+
+    `auto` is the controller, calibrated beforehand. With random weights hardly a draft stands, which is the worst case;
+    the ratio grows with the tokens per forward.
+    """
+    target = None if trained is None else 0.97
+    if trained is None:
+        trained = Trained(ElaraLM(config).to(device).eval(), config.vocab_size - 1, "random weights")
+    model, mask_id = trained.model, trained.mask_id
+    for batch in BATCHES:
+        prompts = _prompts(model.config, [16 + 7 * row % 32 for row in range(batch)])
+        controller = Controller(calibrate(model, mask_id, batch=batch, context=32, seconds=1.0))
+        runs: dict[str, Run] = {"ar": _write(model, prompts, new_tokens)}
+        for length in DRAFT_LENGTHS:
+            runs[str(length)] = _write(model, prompts, new_tokens, mask_id, length)
+        runs["auto"] = _write(model, prompts, new_tokens, mask_id, controller=controller)
+        seconds = race(runs, rounds)
+        for name in (*map(str, DRAFT_LENGTHS), "auto"):
+            forwards = runs[name]()
+            assert isinstance(forwards, int)
+            found = figure(
+                f"tidar, {'auto' if name == 'auto' else 'drafts of ' + name}, batch {batch}: speed-up over ar",
+                seconds[name],
+                seconds["ar"],
+                target=target if name == "auto" else None,
+                faster=True,
+                note=f"{trained.name}, {new_tokens / forwards:.2f} tokens per forward",
+            )
+            found.tokens_per_second = batch * new_tokens / found.subject
+            if name != "auto":
+                found.series, found.at = f"tidar over ar, batch {batch}", int(name)
+            yield found
+
+
+def forward_cost(name: str, config: ElaraConfig, device: torch.device, rounds: int) -> Iterator[Figure]:
+    """One TiDAR step of L drafted tokens and their L groups of L masks, heads included, against one token's step.
+
+    The cache holds a quarter of the context, at most 256 tokens. In bf16, random weights; the same ones under every
+    routing of the masks.
+    """
+    weights = ElaraLM(config)
+    state = convert(weights, "bfloat16").to(device).state_dict()
+    for routing in ROUTINGS if config.moe_layers else ROUTINGS[:1]:
+        with torch.device("meta"):
+            model = ElaraLM(replace(config, tidar=replace(config.tidar, draft_routing=routing)))
+        model.load_state_dict(state, assign=True)
+        model.eval()
+        held = min(256, config.model.context_length // 4)
+        runs = {length: _step(model, held, length) for length in (0, *DRAFT_LENGTHS)}
+        seconds = race({str(length): run for length, run in runs.items()}, rounds)
+        for length in DRAFT_LENGTHS:
+            new = length * (length + 1)
+            found = figure(
+                f"{name}: step of {new} tokens / 1, {routing} routing",
+                seconds[str(length)],
+                seconds["0"],
+                note=f"drafts of {length}, {_millions(model)}, bf16, {held} in the cache",
+            )
+            found.series, found.at = f"{name}, {routing} routing", new
+            yield found
+
+
+def _step(model: ElaraLM, held: int, length: int) -> Run:
+    """A forward behind `held` tokens that comes back to them: one token, or a draft of `length` with its masks."""
+    config, device = model.config, model.embed.weight.device
+    room = held + (length or 1) * (length + 1)
+    cache = KVCache(config, 1, room, dtype=model.embed.weight.dtype, device=device)
+    with torch.inference_mode():
+        model(torch.tensor(_prompts(config, [held]), device=device), cache=cache)
+    tokens = torch.tensor(_prompts(config, [max(1, length)]), device=device)
+    section = None
+    if length:
+        starts = torch.arange(held + 1, held + 1 + length)
+        section = MaskSection(starts, length, torch.zeros(1, length * length, dtype=torch.long, device=device))
+
+    @torch.inference_mode()
+    def run() -> None:
+        cache.truncate([held])
+        output = model(tokens, section=section, cache=cache)
+        model.ar_head(output.hidden).argmax(-1)
+        if output.mask_hidden is not None and length > 1:
+            masks = output.mask_hidden[:, 1:length]
+            model.diffusion_head(masks, *([tokens[:, 1:]] if config.tidar.chain else [])).argmax(-1)
+
+    return run
+
+
+def _write(
+    model: ElaraLM,
+    prompts: list[list[int]],
+    new_tokens: int,
+    mask_id: int | None = None,
+    draft_length: int | None = None,
+    controller: Controller | None = None,
+) -> Run:
+    """Greedy generation, by tidar with a draft length or a controller, else by ar; a call returns its forwards."""
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=new_tokens, draft_length=draft_length)
+    mode = "ar" if mask_id is None else "tidar"
+
+    def run() -> int:
+        if controller is not None:
+            controller.begin()
+        steps = generate(model, prompts, sampling, mode=mode, mask_id=mask_id, controller=controller)
+        return sum(1 for _ in steps)
+
+    return run
+
+
+def _prompts(config: ElaraConfig, lengths: list[int]) -> list[list[int]]:
+    """Random ids, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _millions(model: ElaraLM) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters"
