@@ -90,6 +90,12 @@ class Engine:
             slots=slots,
         )
 
+    @property
+    def exit_threshold(self) -> float | None:
+        """Where the recursion of a step may stop: the strictest of the rows'. Prompts are always read at full depth."""
+        thresholds = [row.sampling.exit_threshold for row in self.rows if row.sampling.exit_threshold is not None]
+        return min(thresholds) if len(thresholds) == len(self.rows) else None
+
     def admit(self, rows: list[Row]) -> None:
         """Read the rows' prompts, but for their last tokens, into the cache, as much at once as they share."""
         window = self.cache.like(len(rows), max(len(row.text) for row in rows))
@@ -130,7 +136,9 @@ class Engine:
             max(1, min(length, 1 + len(row.draft.tokens), self.context - have, row.left))
             for row, have in zip(self.rows, held, strict=True)
         ]
-        hidden, mask_hidden = think_and_talk(self.model, tokens, self.cache, behind, plan.masks, self.mask_id)
+        hidden, mask_hidden = think_and_talk(
+            self.model, tokens, self.cache, behind, plan.masks, self.mask_id, self.exit_threshold
+        )
         if all(row.sampling.temperature == 0 and not row.sampling.trust for row in self.rows):
             logits = self.model.ar_head(hidden)
             if self.allowed is not None:

@@ -56,14 +56,14 @@ def generate(
     distribution (trust aside); at temperature 0 they write the same. Raises ElaraError, before the first step, for
     prompts, ids or a mode that this model cannot serve.
     """
-    mode = resolve_mode(model, mode or sampling.mode, mask_id, controller)
+    mode = resolve_mode(model, mode or sampling.mode, mask_id, None if sampling.exit_threshold else controller)
     check_request(model, prompts, sampling, mode, allowed, mask_id, depth)
     length = sampling.draft_length or model.config.tidar.block_length
     engine = Engine(
         model,
         slots=len(prompts),
         capacity=max(map(len, prompts)) + sampling.max_new_tokens,
-        room=1 if mode == "ar" else length * (length + 1) + 1,
+        room={"ar": 1, "diffusion": 2 * model.config.tidar.block_length}.get(mode, length * (length + 1) + 1),
         mask_id=mask_id,
         allowed=allowed,
         depth=depth,
@@ -155,6 +155,13 @@ def check_request(
             raise ElaraError(f"prompt {row} has token id {bad[0]}, outside the model's vocabulary of {vocab}")
     if allowed is not None and (allowed.shape != (vocab,) or not bool(allowed.any())):
         raise ElaraError(f"allowed must mark at least one of {vocab} tokens, got shape {tuple(allowed.shape)}")
+    if mode == "diffusion" and allowed is not None and allowed.nonzero().tolist() == [[mask_id]]:
+        raise ElaraError("mode=diffusion needs a token other than [MASK] that may be written: allow one")
+    if mode == "tidar" and sampling.exit_threshold:
+        raise ElaraError(
+            f"exit_threshold={sampling.exit_threshold} needs mode=ar or diffusion: where recursion ends depends on the "
+            "tokens of a forward, so drafts verified together would not be held to what mode=ar writes"
+        )
     if depth is not None and depth < 1:
         raise ElaraError(f"depth={depth} must be at least 1")
     if mode != "ar" and not model.config.tidar.block_length:

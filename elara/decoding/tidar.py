@@ -60,7 +60,13 @@ def mask_groups(starts: list[list[int]], length: int, mask_id: int, device: torc
 
 
 def think_and_talk(
-    model: ElaraLM, tokens: Tensor, cache: KVCache, groups: list[int], length: int, mask_id: int | None
+    model: ElaraLM,
+    tokens: Tensor,
+    cache: KVCache,
+    groups: list[int],
+    length: int,
+    mask_id: int | None,
+    exit_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The one forward of a step: append tokens, (batch, n), with a group of masks behind the first j for j in groups.
 
@@ -68,10 +74,11 @@ def think_and_talk(
     None without any. The cache holds all the tokens afterwards: truncate it to what was accepted.
     """
     if not groups:
-        return model(tokens, cache=cache).hidden, None
+        return model(tokens, cache=cache, exit_threshold=exit_threshold).hidden, None
     assert mask_id is not None
     starts = [[have + j for j in groups] for have in cache.lengths]
-    output = model(tokens, section=mask_groups(starts, length, mask_id, tokens.device), cache=cache)
+    section = mask_groups(starts, length, mask_id, tokens.device)
+    output = model(tokens, section=section, cache=cache, exit_threshold=exit_threshold)
     assert output.mask_hidden is not None
     return output.hidden, output.mask_hidden.unflatten(1, (len(groups), length))
 

@@ -132,10 +132,24 @@ class Attention(nn.Module):
         out: Tensor = self.out(y.transpose(1, 2).reshape(batch, total, -1))
         return out
 
+    def skip(self, x: Tensor, view: View, layers: list[int]) -> None:
+        """Fill the cache of effective layers that are not computed with keys and values of the state in front of them.
+
+        x: (batch, seq + section, n_embd), already normed.
+        """
+        if view.cache is None or not layers:
+            return
+        x = x[:, : view.seq]
+        qkv = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)
+        _, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+        k = _rotate(self.k_norm(k), view)
+        for layer in layers:
+            view.cache.append(layer, k.transpose(1, 2), v.transpose(1, 2))
+
 
 def _rotate(x: Tensor, view: View) -> Tensor:
-    """RoPE of x (batch, total, heads, head_dim)."""
-    cos, sin = view.cos.to(x.dtype), view.sin.to(x.dtype)
+    """RoPE of x (batch, tokens, heads, head_dim), the first tokens of the view."""
+    cos, sin = (angle[:, : x.shape[1]].to(x.dtype) for angle in (view.cos, view.sin))
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 

@@ -41,11 +41,14 @@ class Block(nn.Module):
         self.mlp: MoE | MLP = MoE(config) if moe else MLP(m.n_embd, m.hidden)
         self.dropout = m.dropout
 
-    def forward(self, x: Tensor, view: View, layers: list[tuple[int, int]]) -> tuple[Tensor, list[Choice]]:
-        """Apply the block once per entry of `layers`: (recursion pass, effective layer)."""
+    def forward(
+        self, x: Tensor, view: View, layers: list[tuple[int, int]], exit_threshold: float | None = None
+    ) -> tuple[Tensor, list[Choice]]:
+        """Apply the block once per entry of `layers`, (recursion pass, effective layer), or until the state settles."""
         choices = []
         weights = self.mlp.experts.weights(x.device.type) if isinstance(self.mlp, MoE) else None
-        for recursion, layer in layers:
+        for done, (recursion, layer) in enumerate(layers, 1):
+            before = x
             x = x + self._drop(self.attention(self.attention_norm(x), view, layer))
             normed = self.mlp_norm(x)
             if isinstance(self.mlp, MoE):
@@ -55,10 +58,40 @@ class Block(nn.Module):
             else:
                 y = self.mlp(normed)
             x = x + self._drop(y)
+            if exit_threshold is not None and done < len(layers) and settled(before, x, exit_threshold):
+                self.skip(x, view, [layer for _, layer in layers[done:]])
+                break
         return x, choices
+
+    def skip(self, x: Tensor, view: View, layers: list[int]) -> None:
+        """Fill the cache of effective layers that are not computed from the state x in front of them."""
+        self.attention.skip(self.attention_norm(x), view, layers)
 
     def _drop(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+
+def settled(before: Tensor, after: Tensor, threshold: float) -> bool:
+    """Whether a pass changed every token's state, (batch, tokens, n_embd), by less than `threshold` of its norm."""
+    return bool(((after - before).norm(dim=-1) < threshold * before.norm(dim=-1)).all())
+
+
+class DraftChain(nn.Module):
+    """Tells a mask the token before it: masks are denoised together, so none knows what its neighbour will say.
+
+    A draft is drawn from left to right through this MLP alone (as the heads of Hydra, arXiv 2402.05109, section 3.1).
+    """
+
+    def __init__(self, config: ElaraConfig) -> None:
+        super().__init__()
+        n_embd = config.model.n_embd
+        self.norm = RMSNorm(n_embd, config.model.norm_eps)
+        self.mlp = MLP(n_embd, n_embd, 2 * n_embd)
+
+    def forward(self, mask_hidden: Tensor, previous: Tensor) -> Tensor:
+        """mask_hidden: (..., n_embd); previous: (..., n_embd), embedding of the token before each."""
+        out: Tensor = mask_hidden + self.mlp(torch.cat([mask_hidden, self.norm(previous)], -1))
+        return out
 
 
 class ElaraLM(nn.Module):
@@ -73,6 +106,7 @@ class ElaraLM(nn.Module):
         self.norm = RMSNorm(m.n_embd, m.norm_eps)
         untied = config.tidar.block_length and not config.tidar.tie_head
         self.diffusion = nn.Linear(m.n_embd, config.vocab_size, bias=False) if untied else None
+        self.chain = DraftChain(config) if config.tidar.block_length and config.tidar.chain else None
         self.packed_head: nn.Module | None = None  # the embedding's matrix once more, where `precision` packs it
         self.reset_parameters()
 
@@ -96,19 +130,26 @@ class ElaraLM(nn.Module):
         section: MaskSection | None = None,
         cache: KVCache | None = None,
         depth: int | None = None,
+        exit_threshold: float | None = None,
     ) -> Output:
         """Run the decoder.
 
         tokens: (batch, seq) ids, behind whatever `cache` holds. positions: (batch, seq), for RoPE only; default: behind
         the cache. section: mask tokens that see `tokens` and the cache but are seen by neither; on a cache they need
-        room behind the tokens for this pass, and with anchor routing every block starts behind one of `tokens`. depth: recursion depth, default the trained one; with a cache it is the cache's.
+        room behind the tokens for this pass, and with anchor routing every block starts behind one of `tokens`. depth:
+        recursion depth, default the trained one; with a cache it is the cache's.
+
+        exit_threshold: for inference, end a block's recursion (order block) or the stack's (order stack) after the
+        first pass that changes the state of every token here by less than this share of its norm. Passes left out get
+        their keys and values from the state they were to begin with (CALM, arXiv 2207.07061, section 3.2). What comes
+        out then depends on which tokens share a forward, and `routing` is empty.
         """
         batch, seq = tokens.shape
         depth = cache.depth if cache is not None else depth or self.config.trm.depth
         view = self._view(tokens, positions, section, cache)
         ids = tokens if section is None else torch.cat([tokens, section.tokens], 1)
         x = self.embed(ids)
-        x, choices = self._run_blocks(x, view, depth)
+        x, choices = self._run_blocks(x, view, depth, exit_threshold)
         if cache is not None:
             cache.advance(seq)
         x = self.norm(x)
@@ -121,9 +162,18 @@ class ElaraLM(nn.Module):
         """Logits of the next token, (..., vocab), from the embedding's weight."""
         return F.linear(hidden, self.embed.weight) if self.packed_head is None else self.packed_head(hidden)
 
-    def diffusion_head(self, mask_hidden: Tensor) -> Tensor:
-        """Logits of the token that a mask token stands for, (..., vocab)."""
+    def diffusion_head(self, mask_hidden: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Logits of the token that a mask token stands for, (..., vocab); previous as in `chained`."""
+        mask_hidden = self.chained(mask_hidden, previous)
         return self.ar_head(mask_hidden) if self.diffusion is None else self.diffusion(mask_hidden)
+
+    def chained(self, mask_hidden: Tensor, previous: Tensor | None) -> Tensor:
+        """What the diffusion head's matrix meets. previous: (...) ids of the tokens before, needed by `tidar.chain`."""
+        if self.chain is None:
+            return mask_hidden
+        assert previous is not None
+        chained: Tensor = self.chain(mask_hidden, self.embed(previous))
+        return chained
 
     @property
     def diffusion_weight(self) -> Tensor:
@@ -170,13 +220,17 @@ class ElaraLM(nn.Module):
         source = torch.cat([clean, routed.repeat_interleave(length, 1)], 1)
         return DraftRouting(seq, length, source[0] if len(source) == 1 else source, kind == "anchor")
 
-    def _run_blocks(self, x: Tensor, view: View, depth: int) -> tuple[Tensor, list[Choice]]:
-        """Choices come back ordered by (physical MoE block, pass)."""
+    def _run_blocks(
+        self, x: Tensor, view: View, depth: int, exit_threshold: float | None
+    ) -> tuple[Tensor, list[Choice]]:
+        """Choices come back ordered by (physical MoE block, pass); with a threshold there are none."""
         count = len(self.blocks)
         if self.config.trm.order == "block":
             runs = [(i, [(p, i * depth + p) for p in range(depth)]) for i in range(count)]
         else:
             runs = [(i, [(p, p * count + i)]) for p in range(depth) for i in range(count)]
+        if exit_threshold is not None:
+            return self._run_until_settled(x, view, runs, exit_threshold), []
         recompute = self.config.trm.checkpoint and torch.is_grad_enabled() and view.cache is None
         found: dict[int, list[Choice]] = {i: [] for i in self.config.moe_layers}
         for i, layers in runs:
@@ -188,3 +242,23 @@ class ElaraLM(nn.Module):
             if choices:
                 found[i] += choices
         return x, [choice for i in found for choice in found[i]]
+
+    def _run_until_settled(
+        self, x: Tensor, view: View, runs: list[tuple[int, list[tuple[int, int]]]], exit_threshold: float
+    ) -> Tensor:
+        """The blocks with early exit; runs: (block, its (recursion pass, effective layer) pairs)."""
+        count = len(self.blocks)
+        if self.config.trm.order == "block":
+            for i, layers in runs:
+                x, _ = self.blocks[i](x, view, layers, exit_threshold)
+            return x
+        for first in range(0, len(runs), count):  # of each pass
+            before = x
+            for i, layers in runs[first : first + count]:
+                x, _ = self.blocks[i](x, view, layers)
+            if settled(before, x, exit_threshold):
+                for i in range(count):
+                    block: Any = self.blocks[i]
+                    block.skip(x, view, [layer for _, [(_, layer)] in runs[first + count + i :: count]])
+                break
+        return x
