@@ -1,6 +1,9 @@
-"""The torch device that a configuration names."""
+"""The torch device that a configuration names, and what it is called."""
 
 from __future__ import annotations
+
+import platform
+from pathlib import Path
 
 import torch
 
@@ -16,3 +19,16 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ElaraError(f"device={name} cannot be used here ({reason}): use cpu or auto") from error
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """The name of the GPU or of the processor."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

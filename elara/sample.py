@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from elara import checkpoint
+from elara.calibration import controller_for
 from elara.cli import hydra_main
 from elara.decoding import SamplingConfig, complete
 from elara.device import find_device
@@ -40,10 +41,22 @@ def sample(config: DictConfig) -> None:
     def show(text: str) -> None:
         print(next(prompt, "") + text, end="", flush=True)
 
-    done = complete(loaded.model, loaded.tokenizer, wanted.prompt, wanted, depth=wanted.depth, on_text=show)
+    controller = None
+    if wanted.mode in ("auto", "tidar") and wanted.draft_length is None:
+        controller = controller_for(loaded, precision=wanted.precision, depth=wanted.depth)
+    done = complete(
+        loaded.model,
+        loaded.tokenizer,
+        wanted.prompt,
+        wanted,
+        depth=wanted.depth,
+        controller=controller,
+        on_text=show,
+    )
+    lossy = ", not the text of ar: trust is above 0" if wanted.trust and wanted.mode in ("auto", "tidar") else ""
     print(
         f"{next(prompt, '')}\n\n[{done.tokens} tokens, {done.tokens_per_second:.1f} tokens/s, "
-        f"{done.tokens_per_forward:.2f} tokens per forward, mode {wanted.mode}]"
+        f"{done.tokens_per_forward:.2f} tokens per forward, mode {wanted.mode}{lossy}]"
     )
 
 

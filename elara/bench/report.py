@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure as Picture
 from rich.table import Table
 
 from elara.bench.measure import Figure
+from elara.device import device_name
 
 GREEN, ORANGE, BLUE = "#3a8f5c", "#d9722b", "#4a78b5"
 LINES = ("#4a78b5", "#d9722b", "#3a8f5c", "#8a5fa8", "#a8893a", "#444444", "#c25b7c", "#5fa8a3", "#999999")
@@ -20,7 +20,7 @@ LINES = ("#4a78b5", "#d9722b", "#3a8f5c", "#8a5fa8", "#a8893a", "#444444", "#c25
 
 def table(figures: list[Figure], device: torch.device) -> Table:
     """All figures; `of limit` is the subject's share of what the machine was measured to be able to."""
-    found = Table(title=f"{hardware(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    found = Table(title=f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for column in ("", "ratio", "quartiles", "target", "subject", "reference", "of limit", "tokens/s", "of"):
         found.add_column(column, justify="left" if column in ("", "of") else "right")
     for f in figures:
@@ -46,20 +46,10 @@ def table(figures: list[Figure], device: torch.device) -> Table:
 def write(figures: list[Figure], limits: dict[str, float], device: torch.device, folder: Path) -> None:
     """bench.json and bench.png. limits: what the machine was measured to be able to, by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"hardware": hardware(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    about = {"hardware": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
     result = {**about, "limits": limits, "figures": [{**asdict(f), "met": f.met} for f in figures]}
     (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     _draw(figures, device).savefig(folder / "bench.png", dpi=130)
-
-
-def hardware(device: torch.device) -> str:
-    """The name of the GPU or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _amount(value: float, unit: str) -> str:
@@ -87,7 +77,7 @@ def _draw(figures: list[Figure], device: torch.device) -> Picture:
     axes = picture.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for (panel, part, _), place in zip(panels, axes, strict=True):
         panel(place, part)
-    picture.suptitle(f"Speed on {hardware(device)}, {torch.get_num_threads()} threads", x=0.02, ha="left")
+    picture.suptitle(f"Speed on {device_name(device)}, {torch.get_num_threads()} threads", x=0.02, ha="left")
     return picture
 
 

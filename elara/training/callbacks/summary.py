@@ -15,6 +15,7 @@ import torch
 from lightning import Callback, Trainer
 
 from elara.checkpoint import write_json
+from elara.device import device_name
 from elara.runs import CHECKOUT, Run
 
 PACKAGES = (
@@ -109,21 +110,12 @@ def hardware() -> dict[str, Any]:
     """Processor, cores in use, memory, GPUs."""
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": device_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _memory_gib() -> float | None:
