@@ -103,9 +103,11 @@ def diffusion_loss(
         section, supervision = draw_section(tokens, config, mask_id, generator)
         hidden = model(tokens, section=section, depth=depth).mask_hidden
         assert hidden is not None
+        previous = tokens[0, section.positions()[0].to(tokens.device) - 1]  # the right ones, as in training
+        parts = zip(hidden[0].split(ROWS), supervision.targets[0].split(ROWS), previous.split(ROWS), strict=True)
         losses = []
-        for rows, targets in zip(hidden[0].split(ROWS), supervision.targets[0].split(ROWS), strict=True):
-            logits = model.diffusion_head(rows)
+        for rows, targets, before in parts:
+            logits = model.diffusion_head(rows, before)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
         total += torch.cat(losses).double().view(-1, length).sum(0).cpu()

@@ -66,7 +66,10 @@ def test_speed_has_all_modes_in_all_precisions(loaded, make_loaded, text):
     ways = [[(speed.mode, speed.precision) for speed in own] for own in found]
     assert ("ar", "float32") in ways[0] and ("tidar", "again") in ways[0]
     assert ways[1] == [("ar", "float32")]
-    for own in found:
+    single = measure_speed([twice, {"float32": plain}], prompts, 6, rounds=1, batch=2)
+    for own, once in zip(found, single, strict=True):
+        ar = once[0].tokens_per_second
         assert own[0].against_ar == 1
         assert own[0].tokens_per_forward == 1
+        assert [speed.against_ar for speed in once] == pytest.approx([speed.tokens_per_second / ar for speed in once])
         assert all(speed.low <= speed.tokens_per_second <= speed.high for speed in own)

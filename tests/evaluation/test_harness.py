@@ -20,6 +20,7 @@ from elara.evaluation import EvalConfig
 from elara.evaluation.harness import FOLDER, ElaraEval, find_tasks, run_tasks
 from elara.evaluation.tasks.build import build, held_out_plays
 
+CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,;:!?'-&\n"  # of the model's tokenizer
 LONG = "If music be the food of love, play on;\nGive me excess of it, that, surfeiting,\n"
 
 
@@ -61,6 +62,14 @@ def test_greedy_continuations_are_known_as_such(loaded):
     right, wrong = ask(ElaraEval(loaded), "loglikelihood", ("ROMEO:", written), ("ROMEO:", written[:-1] + other))
     assert right[1] and not wrong[1]
     assert right[0] > wrong[0]
+
+
+def test_a_continuation_is_greedy_only_if_all_its_windows_are(loaded, naive):
+    wrong = LONG[:24]
+    read = loaded.tokenizer.encode(f"a{wrong}")[-24:]
+    letters = [letter for letter in CHARACTERS if naive(loaded.model, read, loaded.tokenizer.encode(letter), 63)[1]]
+    assert len(letters) == 1, "the likeliest behind the first window"
+    assert not ask(ElaraEval(loaded), "loglikelihood", ("a", wrong + letters[0]))[0][1]
 
 
 def test_continuations_of_one_token_share_a_forward(loaded):
@@ -105,7 +114,7 @@ def greedy(loaded, prompt, new, until):
 def test_generate_until_writes_greedy_text_up_to_a_stop(loaded, batch_tokens):
     contexts = ["ROMEO:", "a", "What light", LONG, "To be, or not", ""]
     free = [greedy(loaded, loaded.tokenizer.encode(c)[-12:] or [loaded.tokenizer.end_id], 12, []) for c in contexts]
-    untils = [[], [free[1][5:7]], free[2][3:4], [free[3][2], free[3][6:8]], ["QQ"], []]
+    untils = [[], [free[1][5:7]], free[2][3:4], [free[3][2:5], free[3][4]], ["QQ"], []]
     asked = [(c, {"until": until, "max_gen_toks": 12}) for c, until in zip(contexts, untils, strict=True)]
     found = ask(ElaraEval(loaded, batch_tokens=batch_tokens), "generate_until", *asked)
     stops = [[until] if isinstance(until, str) else until for until in untils]
