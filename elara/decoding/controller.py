@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elara.decoding.config import SamplingConfig
 from elara.decoding.engine import Engine, Row
+from elara.decoding.inference import inference
 from elara.decoding.tidar import AR, Draft, Plan
 from elara.model import ElaraLM
 
@@ -59,13 +60,12 @@ def candidates(longest: int) -> list[Plan]:
     plans = [AR]
     for length in sorted({p for p in powers if p < longest} | {longest} - {1}):
         plans.append(Plan(1, (1,), length))
-        for count in sorted({p for p in [1, *powers] if p < length} | {length}):
-            plans.append(Plan(length, tuple(range(length - count + 1, length + 1)), length))
+        counts = sorted({p for p in [1, *powers] if p < length} | {length})
+        plans += [Plan(length, tuple(range(length - count + 1, length + 1)), length) for count in counts]
         plans.append(Plan(length, (), 0))
     return plans
 
 
-@torch.inference_mode()
 def calibrate(
     model: ElaraLM,
     mask_id: int,
@@ -76,7 +76,7 @@ def calibrate(
     context: int = 128,
     seconds: float = 2.0,
 ) -> Costs:
-    """Time every candidate plan on random text of `context` tokens: in turn, at least 4 rounds, about `seconds` long."""
+    """Time every candidate plan on random text of `context` tokens: in turn, 4 rounds or more, about `seconds` long."""
     longest = model.config.tidar.block_length
     context = min(context, model.config.model.context_length // 2)
     room = longest * (longest + 1)
@@ -89,27 +89,29 @@ def calibrate(
         return ids[torch.randint(len(ids), (count,), generator=generator)].tolist()
 
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=1 << 30)
-    engine.admit([Row(i, random_ids(context), greedy, 1 << 30, generator) for i in range(batch)])
+    rows = [Row(i, random_ids(context), greedy, 1 << 30, generator) for i in range(batch)]
     plans = candidates(longest)
     times: dict[Plan, list[float]] = {plan: [] for plan in plans}
     started = time.perf_counter()
     rounds = 0
-    while rounds < 5 or (time.perf_counter() - started < seconds and rounds < 40):
-        for plan in plans:
-            for row in engine.rows:
-                row.text = row.text[:context]
-                row.draft = Draft(random_ids(plan.length - 1), None)
-            engine.cache.truncate([context - 1] * batch)
-            begin = time.perf_counter()
-            engine.step(plan)
-            times[plan].append(time.perf_counter() - begin)
-        rounds += 1
+    with inference(model):
+        engine.admit(rows)
+        while rounds < 5 or (time.perf_counter() - started < seconds and rounds < 40):
+            for plan in plans:
+                for row in rows:
+                    row.text = row.text[:context]
+                    row.draft = Draft(random_ids(plan.length - 1), None)
+                engine.cache.truncate([context - 1] * batch)
+                begin = time.perf_counter()
+                engine.step(plan)
+                times[plan].append(time.perf_counter() - begin)
+            rounds += 1
     return Costs({(p.length, len(p.groups), p.masks): statistics.median(t[1:]) for p, t in times.items()})
 
 
 class Controller:
-    """Chooses the plan of every step. Its choices depend on costs and drafts alone, not on the clock: with the same costs
-    a seed writes the same text."""
+    """Chooses the plan of every step. Its choices depend on costs and drafts alone, not on the clock: with the same
+    costs a seed writes the same text."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from elara.decoding.config import SamplingConfig
+from elara.decoding.inference import PREFILL, cache_dtype
 from elara.decoding.prefix import Prefixes
 from elara.decoding.sampling import draw, probabilities
 from elara.decoding.tidar import AR, Draft, Plan, draft, longest_agreement, think_and_talk, verify
 from elara.model import ElaraLM, KVCache
 
-PREFILL = 512  # prompt tokens read per forward: bounds the memory of attention, whatever the prompt's length
-
 
 @dataclass
 class Row:
-    """One text. left: tokens it may still get; draft: tokens proposed behind its last one, with what drew them.
+    """One text. left: tokens it may still get; drafts: whether any are proposed for it, else it grows by plain
+    autoregression beside rows that draft; draft: tokens proposed behind its last one, with what drew them.
 
     For block diffusion: block, the tokens and masks being denoised behind the text; passes, forwards left for them;
     unread, tokens at the text's end that are not in the cache.
@@ -33,6 +33,7 @@ class Row:
     sampling: SamplingConfig
     left: int
     generator: torch.Generator
+    drafts: bool = True
     draft: Draft = field(default_factory=Draft.none)
     new: list[int] = field(default_factory=list)  # of the last step
     drafted: int = 0  # drafted tokens put to the test in the last step
@@ -79,6 +80,8 @@ class Engine:
         self.mask_id = mask_id
         self.allowed = None if allowed is None else allowed.to(self.device)
         self.prefixes = prefixes
+        if prefixes is not None:
+            prefixes.check(model, depth)
         self.rows: list[Row] = []
         self.cache = KVCache(
             model.config,
@@ -125,7 +128,7 @@ class Engine:
         self.slide([i for i, held in enumerate(self.cache.lengths) if held >= self.context])
         length = max(1, min(plan.length, 1 + max(len(row.draft.tokens) for row in self.rows)))
         groups = {j for j in plan.groups if j <= length}
-        if groups and any(not row.draft.tokens for row in self.rows):
+        if groups and any(row.drafts and not row.draft.tokens for row in self.rows):
             groups.add(1)  # what stands of a row without a draft
         behind = sorted(groups)
         tokens = torch.tensor(
@@ -147,10 +150,14 @@ class Engine:
         else:
             found = self._sample(self.model.ar_head(hidden), limits)
         self.cache.truncate([have + count for have, (count, _) in zip(held, found, strict=True)])
+        wanted = []
         for row, limit, (count, token) in zip(self.rows, limits, found, strict=True):
+            # a group that is there for other rows' sake is left alone: a row's text must not depend on its neighbours
+            own = count in plan.groups or not row.draft.tokens
+            wanted.append(count if row.drafts and own else 0)
             row.drafted, row.accepted = limit - 1, count - 1
             row.write([*row.draft.tokens[: count - 1], token])
-        self._draft(behind, mask_hidden, [count for count, _ in found])
+        self._draft(behind, mask_hidden, wanted)
 
     def _sample(self, logits: Tensor, limits: list[int]) -> list[tuple[int, int]]:
         """How many tokens of each row's draft stand, and the token behind them; logits: (rows, length, vocab)."""
@@ -169,7 +176,7 @@ class Engine:
         return found
 
     def _draft(self, groups: list[int], mask_hidden: Tensor | None, counts: list[int]) -> None:
-        """Draw the next drafts from the groups behind what stood; rows without such a group have none."""
+        """Draw the next drafts from the groups behind what stood, 0 = none wanted; rows without a group get none."""
         for row in self.rows:
             row.draft = Draft.none()
         drawn = [i for i, count in enumerate(counts) if count in groups and self.rows[i].left > 1]
@@ -211,9 +218,3 @@ class Engine:
         for part in tokens.to(self.device).split(PREFILL, 1) if longest else []:
             self.model(part, cache=window)
         window.truncate([have + len(text) for have, text in zip(held, texts, strict=True)])
-
-
-def cache_dtype(weight: Tensor) -> torch.dtype:
-    """What keys and values are kept in: autocast's dtype, else the weights'."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

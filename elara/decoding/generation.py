@@ -7,7 +7,6 @@ of them is read anew. When that happens depends on the length of the text alone,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from elara.decoding.config import MODES, SamplingConfig
 from elara.decoding.controller import Controller
 from elara.decoding.diffusion import denoise_step
 from elara.decoding.engine import Engine, Row
+from elara.decoding.inference import inference
 from elara.decoding.prefix import Prefixes
 from elara.decoding.tidar import AR, Plan
 from elara.errors import ElaraError
@@ -59,23 +59,27 @@ def generate(
     mode = resolve_mode(model, mode or sampling.mode, mask_id, None if sampling.exit_threshold else controller)
     check_request(model, prompts, sampling, mode, allowed, mask_id, depth)
     length = sampling.draft_length or model.config.tidar.block_length
+    controller = None if sampling.draft_length or mode != "tidar" else controller
+    longest = length if controller is None else max(length, controller.longest)
     engine = Engine(
         model,
         slots=len(prompts),
         capacity=max(map(len, prompts)) + sampling.max_new_tokens,
-        room={"ar": 1, "diffusion": 2 * model.config.tidar.block_length}.get(mode, length * (length + 1) + 1),
+        room={"ar": 1, "diffusion": 2 * model.config.tidar.block_length}.get(mode, longest * (longest + 1) + 1),
         mask_id=mask_id,
         allowed=allowed,
         depth=depth,
         prefixes=prefixes,
     )
-    rows = [new_row(i, prompt, sampling, sampling.seed + i) for i, prompt in enumerate(prompts)]
-    return _run(engine, rows, mode, fixed_plan(sampling, length), None if sampling.draft_length else controller)
+    drafts = mode == "tidar"
+    rows = [new_row(i, prompt, sampling, sampling.seed + i, drafts=drafts) for i, prompt in enumerate(prompts)]
+    return _run(engine, rows, mode, fixed_plan(sampling, length), controller)
 
 
-def new_row(key: int, prompt: Sequence[int], sampling: SamplingConfig, seed: int) -> Row:
+def new_row(key: int, prompt: Sequence[int], sampling: SamplingConfig, seed: int, *, drafts: bool) -> Row:
     """A row at its beginning; its random numbers depend on the seed alone."""
-    return Row(key, list(prompt), sampling, sampling.max_new_tokens, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return Row(key, list(prompt), sampling, sampling.max_new_tokens, generator, drafts)
 
 
 def fixed_plan(sampling: SamplingConfig, length: int) -> Plan:
@@ -86,36 +90,32 @@ def fixed_plan(sampling: SamplingConfig, length: int) -> Plan:
 
 
 def _run(engine: Engine, rows: list[Row], mode: str, fixed: Plan, controller: Controller | None) -> Iterator[Step]:
-    with torch.inference_mode(), evaluating(engine.model):
+    if controller is not None:
+        controller.begin()
+    with inference(engine.model):
         engine.admit(rows)
-        if controller is not None:
-            controller.begin()
-        while engine.rows:
-            moved = list(engine.rows)
+    while engine.rows:
+        moved = list(engine.rows)
+        with inference(engine.model):  # not around `yield`: the caller's own work in between may need gradients
             if mode == "diffusion":
                 denoise_step(engine)
-            elif mode == "ar":
-                engine.step(AR)
-            elif controller is not None:
-                controller.step(engine)
             else:
-                engine.step(fixed if any(row.draft.tokens for row in moved) else Plan(1, (1,), fixed.masks))
-            step = Step([[] for _ in rows], [0] * len(rows), [0] * len(rows), [row.finished for row in rows])
-            for row in moved:
-                step.tokens[row.key], step.drafted[row.key], step.accepted[row.key] = row.new, row.drafted, row.accepted
+                move(engine, fixed, controller)
             engine.retire()
-            yield step
+        step = Step([[] for _ in rows], [0] * len(rows), [0] * len(rows), [row.finished for row in rows])
+        for row in moved:
+            step.tokens[row.key], step.drafted[row.key], step.accepted[row.key] = row.new, row.drafted, row.accepted
+        yield step
 
 
-@contextmanager
-def evaluating(model: ElaraLM) -> Iterator[None]:
-    """No dropout; the model's mode comes back afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+def move(engine: Engine, fixed: Plan, controller: Controller | None) -> None:
+    """One step of all rows: autoregression if none of them drafts, else what the controller says, or the fixed plan."""
+    if not any(row.drafts for row in engine.rows):
+        engine.step(AR)
+    elif controller is not None:
+        controller.step(engine)
+    else:
+        engine.step(fixed if any(row.draft.tokens for row in engine.rows) else Plan(1, (1,), fixed.masks))
 
 
 def resolve_mode(model: ElaraLM, mode: str, mask_id: int | None, controller: Controller | None) -> str:

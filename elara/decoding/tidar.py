@@ -33,7 +33,7 @@ AR = Plan(1)
 
 @dataclass
 class Draft:
-    """tokens: the proposals behind a row's last token. proposal: (len(tokens), vocab), what drew them; None = greedy."""
+    """tokens: proposals behind a row's last token. proposal: (len(tokens), vocab), what drew them; None = greedy."""
 
     tokens: list[int]
     proposal: Tensor | None
@@ -93,8 +93,8 @@ def draft(
 ) -> list[Draft]:
     """Draw each row's proposals behind its last token from the masks of one group, (rows, length, n_embd).
 
-    The group's first mask stands for the last token itself and is not read. With `tidar.chain` every proposal depends on
-    the one before it.
+    The group's first mask stands for the last token itself and is not read. With `tidar.chain` every proposal depends
+    on the one before it.
     """
     greedy = all(sampling.temperature == 0 for sampling in samplings)
     previous = torch.tensor(last, device=group.device)
@@ -151,8 +151,8 @@ def verify(probs: Tensor, drafted: Draft, uniform: Tensor, trusted: Tensor | Non
     """Speculative rejection sampling (arXiv 2211.17192, algorithm 1): the text follows the AR distribution exactly.
 
     probs: (n + 1, vocab), the AR distribution behind the last token and each of the n proposals. uniform: (n + 1) in
-    [0, 1). trusted: boolean (n, vocab), tokens that stand without a trial, which is no longer exact. Returns how many of
-    the n + 1 tokens stand, and the token behind them.
+    [0, 1). trusted: boolean (n, vocab), tokens that stand without a trial, which is no longer exact. Returns how many
+    of the n + 1 tokens stand, and the token behind them.
     """
     ids = torch.as_tensor(drafted.tokens, device=probs.device)[:, None]
     p = probs[:-1].gather(1, ids)[:, 0]

@@ -38,6 +38,8 @@ def make_model() -> Callable[..., ElaraLM]:
             model.norm.weight.neg_()  # with tied embeddings an untrained model would repeat its last token for ever
             if model.diffusion is not None:
                 model.diffusion.weight.mul_(0.5).add_(model.embed.weight)
+            if model.chain is not None:
+                model.chain.mlp.down.weight.mul_(0.5)
         return model.to(dtype).eval()
 
     return make

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from elara.decoding import SamplingConfig, generate
-from elara.decoding.tidar import Draft, verify
+from elara.decoding.generation import new_row
+from elara.decoding.tidar import Draft
 from elara.errors import ElaraError
 
 MASK_ID = 10
@@ -17,6 +18,9 @@ MODELS = [
     {"depth": 2},
     {"depth": 2, "order": "stack"},
     {"depth": 3, "order": "stack", "num_experts": 0},
+    {"depth": 2, "draft_routing": "block", "chain": True},
+    {"order": "stack", "every": 1, "draft_routing": "anchor", "depth": 2},
+    {"num_experts": 0, "chain": True},
 ]
 
 
@@ -65,27 +69,21 @@ def test_windows_slide_alike_when_drafts_stand(make_model, write, monkeypatch, r
     model = make_model()
     whole = [prompt + slow_greedy(model, prompt, 80) for prompt in PROMPTS]
     assert all(len(set(text[-40:])) > 1 for text in whole)
-    ends = [len(prompt) for prompt in PROMPTS]  # where the first token of each row's next draft stands
+    rows = []
+    monkeypatch.setattr("elara.decoding.generation.new_row", lambda *a, **o: rows.append(new_row(*a, **o)) or rows[-1])
     generator = torch.Generator().manual_seed(0)
 
-    def follow(*args):
-        accepted, behind = verify(*args)
-        for row, count in enumerate(accepted.tolist()):
-            ends[row] += count
-        return accepted, behind
+    def oracle(model, last, group, samplings, generators, allowed):
+        drafts = []
+        for each in generators:
+            row = each.initial_seed()
+            end = len(rows[row].text)
+            known = whole[row][end : end + group.shape[1] - 1]
+            wrong = torch.rand(len(known), generator=generator) >= right
+            drafts.append(Draft([(token + int(bad)) % 10 for token, bad in zip(known, wrong, strict=True)], None))
+        return drafts
 
-    def oracle(model, first, mask_hidden, sampling, uniform, allowed):
-        tokens = torch.zeros(len(first), uniform.shape[1] + 1, dtype=torch.long)
-        for row, (text, end) in enumerate(zip(whole, ends, strict=True)):
-            known = (text[end : end + tokens.shape[1]] + [0] * 9)[: tokens.shape[1]]
-            tokens[row] = torch.tensor(known)
-        wrong = torch.rand(tokens.shape, generator=generator) >= right
-        wrong[:, 0] = False
-        tokens = torch.where(wrong, (tokens + 1) % 10, tokens)
-        return Draft(tokens, torch.nn.functional.one_hot(tokens[:, 1:], 11).double())
-
-    monkeypatch.setattr("elara.decoding.generation.draft", oracle)
-    monkeypatch.setattr("elara.decoding.generation.verify", follow)
+    monkeypatch.setattr("elara.decoding.engine.draft", oracle)
     texts, steps = write(model, PROMPTS, greedy(70), mode="tidar", mask_id=MASK_ID)
     assert texts == [text[len(prompt) : len(prompt) + 70] for prompt, text in zip(PROMPTS, whole, strict=True)]
     assert len(steps) < (26 if right == 1 else 45)

@@ -103,7 +103,7 @@ def test_extreme_temperatures_are_finite(temperature, dtype):
 @pytest.mark.parametrize(
     ("key", "options"),
     [
-        ("mode", {"mode": "diffusion"}),
+        ("mode", {"mode": "guess"}),
         ("max_new_tokens", {"max_new_tokens": 0}),
         ("temperature", {"temperature": -0.5}),
         ("temperature", {"temperature": float("nan")}),
@@ -112,6 +112,16 @@ def test_extreme_temperatures_are_finite(temperature, dtype):
         ("top_p", {"top_p": 0.0}),
         ("top_p", {"top_p": 1.2}),
         ("draft_length", {"draft_length": 0}),
+        ("draft_length", {"draft_length": -4}),
+        ("groups", {"groups": 0}),
+        ("trust", {"trust": -0.1}),
+        ("trust", {"trust": 1.5}),
+        ("trust", {"trust": float("nan")}),
+        ("steps", {"steps": 0}),
+        ("confidence", {"confidence": 0.0}),
+        ("order", {"order": "random"}),
+        ("overflow", {"overflow": "ignore"}),
+        ("seed", {"seed": 2**64}),
     ],
 )
 def test_a_bad_value_is_refused_by_name(key, options):
