@@ -113,7 +113,7 @@ def test_depth_and_precision_reach_the_model(configured, capsys, precision):
         ("precision=int3", "precision=int3 must be one of: float32, bfloat16, int8, int4"),
         ("device=moon", "device=moon cannot be used here"),
         ("depth=0", "depth=0 must be at least 1"),
-        ("mode=guess", "mode=guess must be one of: ar, tidar"),
+        ("mode=guess", "mode=guess must be one of: auto, ar, tidar, diffusion"),
     ],
 )
 def test_refusals(configured, override, message):

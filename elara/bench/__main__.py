@@ -18,7 +18,7 @@ class BenchConfig:
     """The schema of `conf/bench.yaml`."""
 
     cases: list[str] = field(default_factory=list)
-    rounds: int = 7
+    rounds: int = 5
     device: str = "auto"
     threads: int | None = None
     checkpoint: str | None = None

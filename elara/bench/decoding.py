@@ -93,7 +93,7 @@ def graph(config: ElaraConfig, device: torch.device, rounds: int, new_tokens: in
 
 
 def modes(
-    config: ElaraConfig, device: torch.device, rounds: int, trained: Trained | None = None, new_tokens: int = 32
+    config: ElaraConfig, device: torch.device, rounds: int, trained: Trained | None = None, new_tokens: int = 24
 ) -> Iterator[Figure]:
     """Greedy TiDAR by draft length and batch, prompts of ragged lengths, against plain AR on the same prompts.
 
@@ -135,22 +135,25 @@ def forward_cost(name: str, config: ElaraConfig, device: torch.device, rounds: i
     The cache holds a quarter of the context, at most 256 tokens. In bf16, random weights; the same ones under every
     routing of the masks.
     """
-    weights = ElaraLM(config)
-    state = convert(weights, "bfloat16").to(device).state_dict()
-    for routing in ROUTINGS if config.moe_layers else ROUTINGS[:1]:
+    state = convert(ElaraLM(config), "bfloat16").to(device).state_dict()
+    held = min(256, config.model.context_length // 4)
+    routings = ROUTINGS if config.moe_layers else ROUTINGS[:1]
+    runs: dict[str, Run] = {}
+    for routing in routings:
         with torch.device("meta"):
             model = ElaraLM(replace(config, tidar=replace(config.tidar, draft_routing=routing)))
         model.load_state_dict(state, assign=True)
         model.eval()
-        held = min(256, config.model.context_length // 4)
-        runs = {length: _step(model, held, length) for length in (0, *DRAFT_LENGTHS)}
-        seconds = race({str(length): run for length, run in runs.items()}, rounds)
+        runs["one token"] = _step(model, held, 0)  # the same under every routing
+        runs |= {f"{routing} {length}": _step(model, held, length) for length in DRAFT_LENGTHS}
+    seconds = race(runs, rounds)
+    for routing in routings:
         for length in DRAFT_LENGTHS:
             new = length * (length + 1)
             found = figure(
                 f"{name}: step of {new} tokens / 1, {routing} routing",
-                seconds[str(length)],
-                seconds["0"],
+                seconds[f"{routing} {length}"],
+                seconds["one token"],
                 note=f"drafts of {length}, {_millions(model)}, bf16, {held} in the cache",
             )
             found.series, found.at = f"{name}, {routing} routing", new

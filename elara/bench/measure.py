@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 Run = Callable[[], object]
-WARM_UP = 2  # rounds that do not count
+WARM_UP = 2  # rounds that do not count; of long rounds the first alone
+LONG = 2.0  # seconds
 
 
 @dataclass
@@ -64,12 +65,14 @@ def timed(run: Run) -> float:
 
 
 def race(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run, by round: each round takes all of them in turn, after `WARM_UP` that do not count."""
+    """Seconds of every run, by round: each round takes all of them in turn, after one or two that do not count."""
+    first = sum(timed(run) for run in runs.values())
+    uncounted = 0 if first > LONG else WARM_UP - 1
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + WARM_UP):
+    for _ in range(uncounted + rounds):
         for name, run in runs.items():
             found[name].append(timed(run))
-    return {name: seconds[WARM_UP:] for name, seconds in found.items()}
+    return {name: seconds[uncounted:] for name, seconds in found.items()}
 
 
 def figure(

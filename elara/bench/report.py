@@ -57,10 +57,11 @@ def _amount(value: float, unit: str) -> str:
 
 
 def _draw(figures: list[Figure], device: torch.device) -> Picture:
-    """Up to three panels: the figures with a target, shares of limits, curves."""
+    """A panel each for figures with a target, shares of limits, other ratios, and both kinds of curves, where given."""
     targets = [f for f in figures if f.target is not None]
     shares = [f for f in figures if f.share is not None]
-    curves = [f for f in figures if f.series]
+    costs = [f for f in figures if f.series and not f.faster]
+    speeds = [f for f in figures if f.series and f.faster]
     plain = [f for f in figures if f.target is None and f.share is None and not f.series]
     panels: list[tuple[Any, list[Figure], float]] = [
         (panel, part, 0.32 * rows + 0.9)
@@ -68,7 +69,8 @@ def _draw(figures: list[Figure], device: torch.device) -> Picture:
             (_targets, targets, len(targets)),
             (_shares, shares, len(shares)),
             (_plain, plain, len(plain)),
-            (_curves, curves, 12),
+            (_costs, costs, 10),
+            (_speeds, speeds, 10),
         )
         if part
     ]
@@ -111,16 +113,27 @@ def _bars(axes: Any, figures: list[Figure], values: list[float], labels: list[st
     axes.set_xlim(0, 1.35 * max([1.0, *values]))
 
 
+def _costs(axes: Any, figures: list[Figure]) -> None:
+    _curves(axes, figures)
+    axes.set_xlabel("new tokens of one forward")
+    axes.set_ylabel("cost / one token's")
+
+
+def _speeds(axes: Any, figures: list[Figure]) -> None:
+    _curves(axes, figures)
+    axes.set_xlabel("draft length")
+    axes.set_ylabel("tokens/s over plain AR's")
+
+
 def _curves(axes: Any, figures: list[Figure]) -> None:
     for number, series in enumerate(dict.fromkeys(f.series for f in figures)):
         points = [(f.at or 0, f.ratio) for f in figures if f.series == series]
-        marker = "s" if "over" in series else "o"
-        axes.plot(*zip(*points, strict=True), marker=marker, color=LINES[number % len(LINES)], label=series)
+        axes.plot(*zip(*points, strict=True), marker="o", color=LINES[number % len(LINES)], label=series)
     axes.axhline(1, color="#444444", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("forward cost: new tokens of one forward; tidar over ar: draft length")
-    axes.set_ylabel("ratio")
+    axes.set_xticks(sorted({f.at or 0 for f in figures}))
+    axes.minorticks_off()
     axes.legend(fontsize=8, ncols=2)

@@ -34,7 +34,7 @@ class Setting:
     @property
     def few(self) -> int:
         """Rounds of what takes long."""
-        return max(3, self.rounds // 2) if self.rounds > 2 else self.rounds
+        return min(self.rounds, max(3, self.rounds // 2))
 
 
 def run(
