@@ -6,6 +6,7 @@ from elara.decoding.config import SamplingConfig
 from elara.decoding.controller import Controller, Costs, calibrate
 from elara.decoding.generation import Step, generate
 from elara.decoding.prefix import Prefixes
+from elara.decoding.serving import Server, Stream
 
 __all__ = [
     "Acceptance",
@@ -14,7 +15,9 @@ __all__ = [
     "Costs",
     "Prefixes",
     "SamplingConfig",
+    "Server",
     "Step",
+    "Stream",
     "calibrate",
     "complete",
     "encode_prompt",

@@ -108,9 +108,9 @@ def _run(engine: Engine, rows: list[Row], mode: str, fixed: Plan, controller: Co
         yield step
 
 
-def move(engine: Engine, fixed: Plan, controller: Controller | None) -> None:
+def move(engine: Engine, fixed: Plan | None, controller: Controller | None) -> None:
     """One step of all rows: autoregression if none of them drafts, else what the controller says, or the fixed plan."""
-    if not any(row.drafts for row in engine.rows):
+    if fixed is None or not any(row.drafts for row in engine.rows):
         engine.step(AR)
     elif controller is not None:
         controller.step(engine)

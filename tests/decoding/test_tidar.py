@@ -229,6 +229,7 @@ def test_drafts_come_from_the_masks_behind_the_text(make_model, write, monkeypat
             section = MaskSection(torch.tensor([len(text) - 1]), 4, torch.full((1, 4), 10))
             with torch.no_grad():
                 masks = model(torch.tensor([text[:-1]]), section=section).mask_hidden[0, 1:]
-                whole = probabilities(model.diffusion_head(masks, torch.tensor([text[-1], *made[row].tokens[:-1]])), sampling)
+                before = torch.tensor([text[-1], *made[row].tokens[:-1]])
+                whole = probabilities(model.diffusion_head(masks, before), sampling)
             torch.testing.assert_close(made[row].proposal, whole, rtol=0, atol=1e-10)
     assert {0, 1, 2} <= seen  # different groups were used
