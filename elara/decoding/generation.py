@@ -84,6 +84,8 @@ def new_row(key: int, prompt: Sequence[int], sampling: SamplingConfig, seed: int
 
 def fixed_plan(sampling: SamplingConfig, length: int) -> Plan:
     """The step without a controller: groups behind every number of tokens, or behind the fewest and the most."""
+    if length == 1:
+        return AR
     count = length if sampling.groups is None else min(sampling.groups, length)
     longest = range(length, length - count + 1, -1)  # a whole draft or nothing are the likeliest outcomes
     return Plan(length, tuple(sorted({1, *longest} if count > 1 else {length})), length)
@@ -108,12 +110,14 @@ def _run(engine: Engine, rows: list[Row], mode: str, fixed: Plan, controller: Co
         yield step
 
 
-def move(engine: Engine, fixed: Plan | None, controller: Controller | None) -> None:
+def move(engine: Engine, fixed: Plan, controller: Controller | None) -> None:
     """One step of all rows: autoregression if none of them drafts, else what the controller says, or the fixed plan."""
-    if fixed is None or not any(row.drafts for row in engine.rows):
+    if not any(row.drafts for row in engine.rows):
         engine.step(AR)
     elif controller is not None:
         controller.step(engine)
+    elif fixed == AR:
+        engine.step(AR)
     else:
         engine.step(fixed if any(row.draft.tokens for row in engine.rows) else Plan(1, (1,), fixed.masks))
 

@@ -98,7 +98,7 @@ class Server:
         self._sizes = sorted(controllers)
         length = model.config.tidar.block_length
         longest = max([length, *(each.longest for each in self._controllers)])
-        self._fixed = fixed_plan(SamplingConfig(), length) if length else None
+        self._fixed = fixed_plan(SamplingConfig(), max(1, length))
         room = longest * (longest + 1) + 1
         self._engine = Engine(
             model, slots=slots, room=room, mask_id=mask_id, allowed=allowed, depth=depth, prefixes=prefixes

@@ -96,6 +96,8 @@ def draft(
     The group's first mask stands for the last token itself and is not read. With `tidar.chain` every proposal depends
     on the one before it.
     """
+    if group.shape[1] == 1:
+        return [Draft.none() for _ in last]
     greedy = all(sampling.temperature == 0 for sampling in samplings)
     previous = torch.tensor(last, device=group.device)
     if model.chain is None:
