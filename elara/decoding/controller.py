@@ -7,6 +7,7 @@ promises, and plain autoregression is one of them. A budget bounds what trying m
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterable
@@ -134,12 +135,17 @@ class Controller:
 
     def plan(self, *, drafted: bool) -> Plan:
         """What the next step does; drafted: whether there is a draft to verify."""
+        budget = self.credit + START + SHARE * self.written
         if self._choice is None or self._stale >= 4:
-            self._choice, self._stale = self._best(), 0
+            self._choice, self._stale = self._best(budget), 0
         think, talk = self._choice
-        plan = talk if drafted else think
-        lost = self.costs.of(plan) / self.costs.of(AR) - 1  # if nothing of the draft stands
-        return plan if self.credit - lost > -(START + SHARE * self.written) else AR
+        if drafted:
+            return talk if self._risk(talk) < budget else AR
+        return think if self._risk(think, talk) < budget else AR  # a draft that nothing is left to verify is waste
+
+    def _risk(self, *plans: Plan) -> float:
+        """What these steps cost more than plain ones, in AR steps, if nothing of their drafts stands."""
+        return sum(max(0.0, self.costs.of(plan) / self.costs.of(AR) - 1) for plan in plans)
 
     def observe(self, plan: Plan, rows: list[Row]) -> None:
         """Learn from a step: `drafted`, `accepted` and `new` of every row that was in it."""
@@ -156,8 +162,9 @@ class Controller:
                 self.tried[place] += (1 - FORGET) * (PRIOR_WEIGHT - self.tried[place])
         self._stale += 1
 
-    def _best(self) -> tuple[Plan, Plan]:
-        """The plans without and with a draft at hand that together write the most tokens per second."""
+    def _best(self, budget: float = math.inf) -> tuple[Plan, Plan]:
+        """The plans without and with a draft at hand that together write the most tokens per second, and whose risk is
+        within the budget."""
         reach = [1.0]
         for stood, tried in zip(self.stood, self.tried, strict=True):
             reach.append(reach[-1] * (stood / tried))
@@ -176,6 +183,6 @@ class Controller:
                 rate = (share * tokens + 1 - share) / (
                     share * self.costs.of(talk) + (1 - share) * self.costs.of(think)
                 )
-                if rate > best:
+                if rate > best and self._risk(think, talk) < budget:
                     best, choice = rate, (think, talk)
         return choice

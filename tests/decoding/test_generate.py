@@ -70,7 +70,12 @@ def test_windows_slide_alike_when_drafts_stand(make_model, write, monkeypatch, r
     whole = [prompt + slow_greedy(model, prompt, 80) for prompt in PROMPTS]
     assert all(len(set(text[-40:])) > 1 for text in whole)
     rows = []
-    monkeypatch.setattr("elara.decoding.generation.new_row", lambda *a, **o: rows.append(new_row(*a, **o)) or rows[-1])
+
+    def keep(*args, **options):
+        rows.append(new_row(*args, **options))
+        return rows[-1]
+
+    monkeypatch.setattr("elara.decoding.generation.new_row", keep)
     generator = torch.Generator().manual_seed(0)
 
     def oracle(model, last, group, samplings, generators, allowed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from elara.model.moe import Router
 
 MASK_ID, TIE = 18, 1e-4
 ALLOWED = torch.arange(19) % 4 == 1  # few tokens, so that an untrained model's draft is right now and then
-SIZE = {"vocab_size": 19, "context_length": 64}
-MODELS = {
+SIZE: dict[str, Any] = {"vocab_size": 19, "context_length": 64}
+MODELS: dict[str, dict[str, Any]] = {
     "dense": {"num_experts": 0},
     "dense, stack, chain": {"num_experts": 0, "depth": 2, "order": "stack", "chain": True},
     "token": {"depth": 2},
