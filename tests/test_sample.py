@@ -37,6 +37,15 @@ def saved(tmp_path_factory):
     return checkpoint.save(tmp_path_factory.mktemp("run") / "step-1", ElaraLM(config), tokenizer, meta={"step": 1})
 
 
+@pytest.fixture(scope="session")
+def headless(tmp_path_factory):
+    """A model without diffusion head."""
+    torch.manual_seed(0)
+    config = ElaraConfig(ModelConfig(n_layer=1, n_embd=32, n_head=2, hidden=48, vocab_size=64, context_length=32))
+    tokenizer = CharTokenizer("abc :\nROMEO")
+    return checkpoint.save(tmp_path_factory.mktemp("plain") / "step-1", ElaraLM(config), tokenizer, meta={"step": 1})
+
+
 def run(*overrides):
     command = [sys.executable, "-m", "elara.sample", *overrides]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -59,10 +68,12 @@ def test_the_command_writes_text_and_figures(saved):
     [
         (["temperature=-1"], "error: temperature=-1.0 must be 0 (greedy) or a positive number"),
         (["prompt='Zebra'"], "error: character 'Z'"),
+        (["temperature=warm"], "error: "),
+        (["mode=tidar", "checkpoint={headless}"], "error: mode=tidar needs a model with a diffusion head"),
     ],
 )
-def test_a_mistake_is_one_line(saved, overrides, message):
-    result = run(f"checkpoint={saved}", *overrides)
+def test_a_mistake_is_one_line(saved, headless, overrides, message):
+    result = run(f"checkpoint={saved}", *(override.format(headless=headless) for override in overrides))
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.startswith(message)
@@ -114,11 +125,45 @@ def test_depth_and_precision_reach_the_model(configured, capsys, precision):
         ("device=moon", "device=moon cannot be used here"),
         ("depth=0", "depth=0 must be at least 1"),
         ("mode=guess", "mode=guess must be one of: auto, ar, tidar, diffusion"),
+        ("prompt=" + "a" * 33, "prompt 0 has 33 tokens, the model's context holds 32: shorten it"),
+        ("temperature=nan", "temperature=nan must be 0 .greedy. or a positive number"),
+        ("max_new_tokens=-3", "max_new_tokens=-3 must be at least 1"),
+        ("top_k=-1", "top_k=-1 must be at least 1"),
+        ("trust=1.5", "trust=1.5 must be between 0"),
+        ("trust=-0.1", "trust=-0.1 must be between 0"),
+        ("draft_length=400", "draft_length=400 must be at most 64"),
+        ("seed=99999999999999999999", "seed=99999999999999999999 must fit into 64 bits"),
+        ("overflow=error", "prompt 0 has 13 tokens and max_new_tokens=20, the model's context holds 32: ask for less"),
     ],
 )
-def test_refusals(configured, override, message):
-    with pytest.raises(ElaraError, match=message):
-        sample(configured(override))
+def test_refusals(configured, override, message, capsys):
+    with pytest.raises(ElaraError, match=message) as error:
+        sample(configured("mode=tidar", "prompt=RRRRRRRRRRRRR", override))
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["prompt=''", "prompt=" + "a" * 32, "temperature=0", "temperature=1e-320", "top_k=1000000", "seed=-1",
+     "stop=[9999]", "draft_length=9", "groups=100", "depth=5"],
+)  # fmt: skip
+def test_extremes_are_defined(configured, override, capsys):
+    assert written(configured("mode=tidar", override), capsys) is not None
+
+
+def test_trust_is_said_to_be_lossy(configured, capsys):
+    sample(configured("mode=tidar", "trust=1"))
+    assert capsys.readouterr().out.endswith(", mode tidar, not the text of ar: trust is above 0]\n")
+
+
+def test_a_model_without_a_diffusion_head_writes_by_itself(configured, headless, capsys):
+    config = configured("temperature=0")
+    config.checkpoint = str(headless)
+    assert written(config, capsys).startswith("ROMEO:")
+    config.mode = "diffusion"
+    with pytest.raises(ElaraError, match="mode=diffusion needs a model with a diffusion head"):
+        sample(config)
 
 
 def test_without_a_model_the_way_to_one_is_told(configured, tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ from elara.decoding.tidar import AR, Plan
 from elara.errors import ElaraError
 from elara.model import ElaraLM
 
+LONGEST_DRAFT = 64  # tokens per step, where the model was not trained for more
+
 
 @dataclass
 class Step:
@@ -161,6 +163,11 @@ def check_request(
         raise ElaraError(f"allowed must mark at least one of {vocab} tokens, got shape {tuple(allowed.shape)}")
     if mode == "diffusion" and allowed is not None and allowed.nonzero().tolist() == [[mask_id]]:
         raise ElaraError("mode=diffusion needs a token other than [MASK] that may be written: allow one")
+    longest = max(LONGEST_DRAFT, model.config.tidar.block_length)
+    if mode == "tidar" and (sampling.draft_length or 0) > longest:
+        raise ElaraError(
+            f"draft_length={sampling.draft_length} must be at most {longest}: a step has its square in masks"
+        )
     if mode == "tidar" and sampling.exit_threshold:
         raise ElaraError(
             f"exit_threshold={sampling.exit_threshold} needs mode=ar or diffusion: where recursion ends depends on the "

@@ -18,7 +18,7 @@ def probabilities(logits: Tensor, sampling: SamplingConfig, allowed: Tensor | No
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
-    if sampling.temperature == 0:
+    if sampling.temperature < torch.finfo(logits.dtype).tiny:  # 0, or as good as that: divided by, it would give nan
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     # the maximum is taken off first: a tiny temperature then overflows to -inf, never to nan
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature

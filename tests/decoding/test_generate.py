@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -249,17 +251,41 @@ def test_autocast_writes_with_a_bfloat16_cache(make_model, write):
         ("needs mask_id", {"mode": "tidar"}),
         ("needs mask_id", {"mode": "tidar", "mask_id": 11}),
         ("depth=0", {"depth": 0}),
+        ("draft_length=65 must be at most 64", {"mode": "tidar", "mask_id": MASK_ID, "draft_length": 65}),
+        ("prompt 0 has 22 tokens and max_new_tokens=3", {"prompts": [[1] * 22], "overflow": "error"}),
         ("allowed must mark", {"allowed": torch.zeros(11, dtype=torch.bool)}),
         ("allowed must mark", {"allowed": torch.ones(12, dtype=torch.bool)}),
     ],
 )
 def test_what_cannot_be_done_is_refused_at_once(make_model, message, change):
-    options = {"prompts": [[1]], **change}
+    options: dict[str, Any] = {"prompts": [[1]], **change}
+    sampling = greedy(3, **{key: options.pop(key) for key in ("draft_length", "overflow") if key in options})
     with pytest.raises(ElaraError, match=message) as error:
-        generate(make_model(), options.pop("prompts"), greedy(3), **options)  # not even a first step is asked for
+        generate(make_model(), options.pop("prompts"), sampling, **options)  # not even a first step is asked for
     assert "\n" not in str(error.value)
 
 
-def test_tidar_needs_a_diffusion_head(make_model):
-    with pytest.raises(ElaraError, match="diffusion head"):
-        generate(make_model(block_length=0), [[1]], greedy(3), mode="tidar", mask_id=MASK_ID)
+@pytest.mark.parametrize("mode", ["tidar", "diffusion"])
+def test_drafts_need_a_diffusion_head(make_model, mode):
+    with pytest.raises(ElaraError, match=f"mode={mode} needs a model with a diffusion head"):
+        generate(make_model(block_length=0), [[1]], greedy(3), mode=mode, mask_id=MASK_ID)
+
+
+@pytest.mark.parametrize("length", [1, 24, 30])
+def test_drafts_longer_than_the_context_or_of_nothing_are_defined(make_model, write, length):
+    model = make_model(chain=True)
+    config = greedy(50, draft_length=length)
+    assert write(model, [[1, 2]], config, mode="tidar", mask_id=MASK_ID)[0] == write(model, [[1, 2]], greedy(50))[0]
+
+
+def test_a_text_may_just_fill_the_context_where_overflow_is_an_error(make_model, write):
+    model = make_model()
+    texts, _ = write(model, [[1] * 21], greedy(3, overflow="error"))
+    assert texts == write(model, [[1] * 21], greedy(3))[0]
+
+
+@pytest.mark.parametrize("mode", ["ar", "tidar"])
+def test_top_k_above_the_vocabulary_is_all_of_it(make_model, write, mode):
+    model = make_model()
+    wide, all_of_it = (SamplingConfig(max_new_tokens=30, top_k=k, mode=mode) for k in (10**6, None))
+    assert write(model, PROMPTS, wide, mask_id=MASK_ID)[0] == write(model, PROMPTS, all_of_it, mask_id=MASK_ID)[0]

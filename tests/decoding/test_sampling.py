@@ -91,7 +91,7 @@ def test_every_row_has_its_own_stream():
     assert torch.equal(torch.cat([three.draw(2), three.draw(3)], 1)[1], torch.cat([one.draw(2), one.draw(3)], 1)[0])
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-39, 1e-30, 1e-6, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_temperatures_are_finite(temperature, dtype):
     probs = probabilities(torch.tensor([3.0, -80.0, 2.0], dtype=dtype), SamplingConfig(temperature=temperature))
