@@ -42,7 +42,7 @@ def sample(config: DictConfig) -> None:
         print(next(prompt, "") + text, end="", flush=True)
 
     controller = None
-    if wanted.mode in ("auto", "tidar") and wanted.draft_length is None:
+    if wanted.mode in ("auto", "tidar") and wanted.draft_length is None and not wanted.exit_threshold:
         controller = controller_for(loaded, precision=wanted.precision, depth=wanted.depth)
     done = complete(
         loaded.model,
