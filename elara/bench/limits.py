@@ -52,10 +52,14 @@ def moe_flops(layer: MoE, tokens: int) -> float:
     return 6 * tokens * active * sum(p.numel() for p in layer.experts.parameters())
 
 
-def against_bandwidth(figure: Figure, model: ElaraLM, tokens: int, *, target: float | None = None) -> Figure:
-    """Note how near decoding comes to reading its weights once per token: `tokens` were written, one at a time."""
-    device = model.embed.weight.device
-    least = tokens * decode_bytes(model) / bandwidth(device)
+def against_bandwidth(
+    figure: Figure, model: ElaraLM, tokens: int, *, target: float | None = None, limit: float | None = None
+) -> Figure:
+    """Note how near decoding comes to reading its weights once per token: `tokens` were written, one at a time.
+
+    limit: bytes per second, where several figures share one measurement.
+    """
+    least = tokens * decode_bytes(model) / (limit or bandwidth(model.embed.weight.device))
     figure.limit, figure.share, figure.share_target = "memory bandwidth", least / figure.subject, target
     figure.tokens_per_second = tokens / figure.subject
     return figure

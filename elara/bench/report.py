@@ -108,7 +108,8 @@ def _bars(axes: Any, figures: list[Figure], values: list[float], labels: list[st
     places = range(len(figures) - 1, -1, -1)
     axes.barh(places, values, color=colors, height=0.6)
     for place, value, label in zip(places, values, labels, strict=True):
-        axes.text(value + 0.01, place, label, va="center", fontsize=8)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # above the line at 1
+        axes.text(value + 0.01, place, label, va="center", fontsize=8, bbox=box)
     axes.set_yticks(places, [f.name for f in figures], fontsize=8)
     axes.set_xlim(0, 1.35 * max([1.0, *values]))
 

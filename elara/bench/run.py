@@ -100,7 +100,7 @@ def _large(device: torch.device) -> ElaraConfig:
 def _training_step(setting: Setting) -> Iterator[Figure]:
     # two blocks at half the width, without the vocabulary: the 2.8 B model's proportions, small enough for a CPU
     seed = _size("elara_2p8b", n_layer=2, n_embd=640, hidden=2048, vocab_size=2048)
-    yield from training.training_step("elara_2p8b's proportions", seed, setting.device, setting.few, 8, 256)
+    yield from training.training_step("elara_2p8b's proportions", seed, setting.device, setting.few, 4, 256)
     nano = _size("elara_nano")
     yield from training.training_step("elara_nano", nano, setting.device, setting.rounds, 8, nano.model.context_length)
 
