@@ -1,6 +1,7 @@
 """Tokens per forward and wall clock of TiDAR decoding against plain decoding, interleaved, on held-out prompts.
 
-python experiments/tidar-decoding/measure.py RUN [--precision bfloat16] [--prompts 8] [--new 160] [--rounds 3] [--varied]
+python experiments/tidar-decoding/measure.py RUN [--precision bfloat16] [--prompts 8] [--new 160] [--rounds 3]
+python experiments/tidar-decoding/measure.py RUN --varied
 
 Writes <run's name>-<precision>.json beside this script and draws decoding.png from all such files. --varied: 50 prompts
 of four kinds (the held-out text, verse, random characters, repetition) through the controller alone, 7 rounds each.
@@ -65,13 +66,14 @@ def by_draft_length(writer, costs, args):
     prompts = writer.prompts(args.prompts)
     for prompt in prompts:
         for _ in range(args.rounds):
+            reference = None  # what plain decoding, the first way, writes
             for way, options in ways.items():
                 controller = Controller(costs) if way == "controller" else None
                 took, tokens, forwards = writer.run(prompt, args.new, controller, **options)
                 seconds[way].append(took)
                 counts[way][0] += len(tokens)
                 counts[way][1] += forwards
-                reference = tokens if way == "plain" else reference
+                reference = reference or tokens
                 same[way] += tokens == reference
     found = {}
     for way, options in ways.items():

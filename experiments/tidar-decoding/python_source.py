@@ -1,4 +1,4 @@
-"""Copy the Python files of this interpreter's standard library, tests left out, into data/python-source: text to train on."""
+"""Copy this interpreter's standard library, tests left out, into data/python-source: text to train on."""
 
 from __future__ import annotations
 

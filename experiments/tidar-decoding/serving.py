@@ -2,7 +2,7 @@
 
 python experiments/tidar-decoding/serving.py RUN [--precision float32] [--new 128] [--rounds 5]
 
-Prints a markdown table and writes serving-<run's name>-<precision>.json beside this script. Each mode's server stays up;
+Prints a markdown table and writes serving-<run>-<precision>.json beside this script. The servers of all modes stay up;
 a round takes every number of requests through every mode, so that a busy machine disturbs all of them alike.
 """
 

@@ -75,7 +75,7 @@ def test_skipped_passes_hold_keys_and_values_of_the_final_state(make_model, opti
     """Recomputed from the definition: qkv of the normed state behind the last pass that ran, one RoPE."""
     model = make_model(**options)
     cache = KVCache(model.config, 2, 12, dtype=torch.float64)
-    seen = {}  # block: state behind its last pass; final: of the whole stack
+    seen: dict = {}  # block: state behind its last pass; final: of the whole stack
     hooks = [
         block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out[0]))
         for i, block in enumerate(model.blocks)
