@@ -112,11 +112,16 @@ def varied(writer, costs, args):
     return ratios
 
 
+def way_is_whole(way):
+    return way.endswith("all groups")
+
+
 def draw():
-    results = [json.loads(path.read_text()) for path in sorted(HERE.glob("*-*.json"))]
+    files = [json.loads(path.read_text()) for path in sorted(HERE.glob("*-*.json"))]
+    results = [result for result in files if "ways" in result]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for result in results:
-        ways = {k: v for k, v in result["ways"].items() if "promised" in v}
+        ways = {k: v for k, v in result["ways"].items() if way_is_whole(k)}
         lengths = [int(way.split(",")[0]) for way in ways]
         label = f"{result['run']}, {result['precision']}"
         axes[0].plot(lengths, [v["tokens_per_forward"] for v in ways.values()], "o-", label=label)
