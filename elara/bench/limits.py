@@ -57,7 +57,7 @@ def against_bandwidth(
 ) -> Figure:
     """Note how near decoding comes to reading its weights once per token: `tokens` were written, one at a time.
 
-    limit: bytes per second, where several figures share one measurement.
+    limit: bytes per second, where it is known already.
     """
     least = tokens * decode_bytes(model) / (limit or bandwidth(model.embed.weight.device))
     figure.limit, figure.share, figure.share_target = "memory bandwidth", least / figure.subject, target
@@ -65,9 +65,14 @@ def against_bandwidth(
     return figure
 
 
-def against_matmul(figure: Figure, flops: float, tokens: int, device: torch.device, dtype: torch.dtype) -> Figure:
-    """Note how near a step of `flops` over `tokens` comes to nothing but matrix products in `dtype`."""
-    least = flops / matmul_rate(device, dtype)
+def against_matmul(
+    figure: Figure, flops: float, tokens: int, device: torch.device, dtype: torch.dtype, *, limit: float | None = None
+) -> Figure:
+    """Note how near a step of `flops` over `tokens` comes to nothing but matrix products in `dtype`.
+
+    limit: FLOP per second, where it is known already.
+    """
+    least = flops / (limit or matmul_rate(device, dtype))
     figure.limit, figure.share = "matmul", least / figure.subject
     figure.tokens_per_second = tokens / figure.subject
     peak = peak_flops(device)

@@ -56,13 +56,16 @@ class Costs:
 
 
 def candidates(longest: int) -> list[Plan]:
-    """The plans that are measured: lengths and numbers of groups in powers of two, drafting alone, and plain AR."""
+    """The plans that are measured: lengths and numbers of groups in powers of two, drafting alone, and plain AR.
+
+    All with groups have one behind the first token, where random drafts end: so their cost holds that of the next draft.
+    """
     powers = [2, 4, 8, 16, 32, 64]
     plans = [AR]
     for length in sorted({p for p in powers if p < longest} | {longest} - {1}):
         plans.append(Plan(1, (1,), length))
         counts = sorted({p for p in [1, *powers] if p < length} | {length})
-        plans += [Plan(length, tuple(range(length - count + 1, length + 1)), length) for count in counts]
+        plans += [Plan(length, (1, *range(length - count + 2, length + 1)), length) for count in counts]
         plans.append(Plan(length, (), 0))
     return plans
 

@@ -82,22 +82,18 @@ def test_flops_of_the_experts():
     assert limits.moe_flops(layer, 10) == 6 * 10 * 2 * 3 * 64 * 64
 
 
-def test_shares_are_the_least_time_over_the_measured_one(monkeypatch):
-    monkeypatch.setattr(limits, "bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(limits, "matmul_rate", lambda device, dtype: 1e12)
+def test_shares_are_the_least_time_over_the_measured_one():
     model = ElaraLM(config())
-    one = limits.against_bandwidth(figure("", [0.5], [1.0]), model, 10, target=0.5)
+    one = limits.against_bandwidth(figure("", [0.5], [1.0]), model, 10, target=0.5, limit=1e9)
     assert one.share == pytest.approx(10 * limits.decode_bytes(model) / 1e9 / 0.5)
     assert (one.tokens_per_second, one.share_target) == (20, 0.5)
-    other = limits.against_matmul(figure("", [0.5], [1.0]), 2e11, 100, CPU, torch.float32)
+    other = limits.against_matmul(figure("", [0.5], [1.0]), 2e11, 100, CPU, torch.float32, limit=1e12)
     assert other.share == pytest.approx(0.4)
     assert other.tokens_per_second == 200 and other.mfu is None
 
 
-def test_limits_are_plausible(monkeypatch):
+def test_limits_are_plausible():
     """Between what a microcontroller and what the fastest server does."""
-    monkeypatch.setattr(limits, "READ_BYTES", 1 << 24)
-    monkeypatch.setattr(limits, "SIDE", {"cpu": 256})
     assert 1e8 < limits.bandwidth(CPU) < 1e13
     assert 1e8 < limits.matmul_rate(CPU, torch.float32) < 1e15
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from elara.decoding import SamplingConfig, generate
+from elara.decoding.engine import Engine
 from elara.decoding.generation import new_row
-from elara.decoding.tidar import Draft
+from elara.decoding.inference import inference
+from elara.decoding.tidar import Draft, Plan
 from elara.errors import ElaraError
 
 MASK_ID = 10
@@ -66,34 +68,28 @@ def test_greedy_tidar_equals_greedy_ar(make_model, write, options, depth, draft_
 
 
 @pytest.mark.parametrize("right", [1.0, 0.8])
-def test_windows_slide_alike_when_drafts_stand(make_model, write, monkeypatch, right):
-    """Drafts by an oracle that knows the greedy text: long leaps must stop at the window's end as AR does."""
+def test_windows_slide_alike_when_drafts_stand(make_model, right):
+    """Drafts that know the greedy text: long leaps must stop at the window's end as AR does."""
     model = make_model()
     whole = [prompt + slow_greedy(model, prompt, 80) for prompt in PROMPTS]
     assert all(len(set(text[-40:])) > 1 for text in whole)
-    rows = []
-
-    def keep(*args, **options):
-        rows.append(new_row(*args, **options))
-        return rows[-1]
-
-    monkeypatch.setattr("elara.decoding.generation.new_row", keep)
+    engine = Engine(model, slots=len(PROMPTS), room=4)
     generator = torch.Generator().manual_seed(0)
-
-    def oracle(model, last, group, samplings, generators, allowed):
-        drafts = []
-        for each in generators:
-            row = each.initial_seed()
-            end = len(rows[row].text)
-            known = whole[row][end : end + group.shape[1] - 1]
-            wrong = torch.rand(len(known), generator=generator) >= right
-            drafts.append(Draft([(token + int(bad)) % 10 for token, bad in zip(known, wrong, strict=True)], None))
-        return drafts
-
-    monkeypatch.setattr("elara.decoding.engine.draft", oracle)
-    texts, steps = write(model, PROMPTS, greedy(70), mode="tidar", mask_id=MASK_ID)
-    assert texts == [text[len(prompt) : len(prompt) + 70] for prompt, text in zip(PROMPTS, whole, strict=True)]
-    assert len(steps) < (26 if right == 1 else 45)
+    rows = [new_row(i, prompt, greedy(70), i, drafts=False) for i, prompt in enumerate(PROMPTS)]
+    steps = 0
+    with inference(model):
+        engine.admit(list(rows))
+        while engine.rows:
+            for row in engine.rows:
+                known = whole[row.key][len(row.text) : len(row.text) + 3]
+                wrong = torch.rand(len(known), generator=generator) >= right
+                row.draft = Draft([(token + int(bad)) % 10 for token, bad in zip(known, wrong, strict=True)], None)
+            engine.step(Plan(4))
+            engine.retire()
+            steps += 1
+    assert [row.text for row in rows] == [text[: len(row.text)] for row, text in zip(rows, whole, strict=True)]
+    assert all(len(row.text) == len(prompt) + 70 for row, prompt in zip(rows, PROMPTS, strict=True))
+    assert steps < (26 if right == 1 else 45)
 
 
 @pytest.mark.parametrize("seed", range(3))
