@@ -88,6 +88,23 @@ def test_a_mistake_is_one_line(home, overrides, message):
     assert message in done.stderr
 
 
+@pytest.mark.slow
+def test_fewer_bits_hardly_cost_a_trained_model(tmp_path):
+    """From training to figures: within 0.02 nats of float32 in every precision, by paired difference."""
+    environment = {**os.environ, "ELARA_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    train = [sys.executable, "-m", "elara.train", "experiment=elara_char", "trainer.max_steps=200", "trainer=cpu"]
+    done = subprocess.run(train, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    done = run(tmp_path, "checkpoint=elara_char", "eval.precisions=[bfloat16,int8,int4]", "eval.prompts=0", "device=cpu")
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "outputs" / "evaluate").glob("*/evaluation.json")
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["loss"]["loss"] < 2.2, "trained, not random"
+    costs = {one["precision"]: one["difference"] for one in result["agreement"]}
+    assert costs.keys() == {"bfloat16", "int8", "int4"}
+    assert all(0 < abs(cost) < 0.02 for cost in costs.values()), costs
+
+
 def test_every_key_is_in_the_schema_and_explained():
     given = yaml.safe_load((ROOT / "conf" / "evaluate.yaml").read_text("utf-8"))
     schema: Any = OmegaConf.to_container(OmegaConf.structured(EvaluateConfig))
