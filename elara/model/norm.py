@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,18 +14,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; under autocast the result has autocast's dtype."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if x.is_cuda or not torch.is_grad_enabled():
+    if x.is_cuda:
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(dtype)
+    if not torch.is_grad_enabled():
+        return (x * _inverse(x, eps).to(x.dtype)).mul_(weight.to(x.dtype)).to(dtype)
     out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
     return out
+
+
+def _inverse(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps), (..., 1): in three kernels, where torch's rms_norm launches eight on a CPU."""
+    wide = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return torch.addcmul(_constant(eps, wide, x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
+@cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept for training too
+        return torch.tensor(value, dtype=dtype, device=device)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
-        inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
+        inverse = _inverse(x, eps)
         ctx.dtype, x = x.dtype, x.to(dtype)
         ctx.save_for_backward(x, weight, inverse)
         out: Tensor = (x * inverse.to(dtype)).mul_(weight.to(dtype))
