@@ -22,12 +22,13 @@ from elara.decoding.inference import inference
 from elara.decoding.tidar import AR, Draft, Plan
 from elara.model import ElaraLM
 
-MARGIN = 1.03  # what a plan must promise over plain decoding: costs are measured, not known
+MARGIN = 1.05  # what a plan must promise over plain decoding: costs are measured, not known
 PRIOR, PRIOR_WEIGHT = 0.6, 2.0  # chance that a proposal stands before any was seen, and how many trials that is worth
 MEMORY = 0.93  # of a trial, per trial after it: the text's character changes
 FORGET = 0.98  # of all trials, per token of plain decoding: what was hopeless may be worth another look
+REVIEW, PLAIN_REVIEW = 4, 16  # steps between two choices, while drafting and while not: choosing takes time as well
 BURST, BURST_SECONDS = 8, 0.05  # steps that calibration takes on end, at most, and how long
-START, SHARE = 1.5, 0.01  # AR steps that trying may cost: at the start, and for every token written
+START, SHARE = 1.5, 0.005  # AR steps that trying may cost: at the start, and for every token written
 
 
 @dataclass
@@ -145,8 +146,9 @@ class Controller:
         self.stood = [PRIOR * PRIOR_WEIGHT] * self.longest  # by place in the draft: proposals that stood
         self.tried = [PRIOR_WEIGHT] * self.longest
         self.credit, self.written = 0.0, 0.0  # in AR steps; tokens per row
-        self._choice: tuple[Plan, Plan] | None = None
-        self._stale = 0
+        self._choice = (AR, AR)
+        self._stale = PLAIN_REVIEW  # steps since the choice
+        self._plain = 0  # of them, steps of plain decoding that are not forgotten for yet
 
     def step(self, engine: Engine) -> None:
         """Move the engine on by one step of the best plan."""
@@ -156,13 +158,20 @@ class Controller:
 
     def plan(self, *, drafted: bool) -> Plan:
         """What the next step does; drafted: whether there is a draft to verify."""
-        budget = self.credit + START + SHARE * self.written
-        if self._choice is None or self._stale >= 4:
-            self._choice, self._stale = self._best(budget), 0
         think, talk = self._choice
+        if self._stale >= (PLAIN_REVIEW if talk == AR else REVIEW):
+            self._forget()
+            think, talk = self._choice = self._best(self._budget)
+            self._stale = 0
+        if talk == AR:
+            return AR
         if drafted:
-            return talk if self._risk(talk) < budget else AR
-        return think if self._risk(think, talk) < budget else AR  # a draft that nothing is left to verify is waste
+            return talk if self._risk(talk) < self._budget else AR
+        return think if self._risk(think, talk) < self._budget else AR  # a draft that nothing may verify is waste
+
+    @property
+    def _budget(self) -> float:
+        return self.credit + START + SHARE * self.written
 
     def _risk(self, *plans: Plan) -> float:
         """What these steps cost more than plain ones, in AR steps, if nothing of their drafts stands."""
@@ -170,6 +179,12 @@ class Controller:
 
     def observe(self, plan: Plan, rows: list[Row]) -> None:
         """Learn from a step: `drafted`, `accepted` and `new` of every row that was in it."""
+        self._stale += 1
+        if plan == AR:
+            self.written += 1
+            self._plain += 1
+            return
+        self._forget()
         for row in rows:
             for place in range(min(row.drafted, row.accepted + 1)):
                 self.stood[place] = MEMORY * self.stood[place] + (place < row.accepted)
@@ -177,11 +192,12 @@ class Controller:
         tokens = sum(len(row.new) for row in rows) / len(rows)
         self.written += tokens
         self.credit = min(2 * START, self.credit + tokens - self.costs.of(plan) / self.costs.of(AR))
-        if plan == AR:
-            for place in range(self.longest):
-                self.stood[place] += (1 - FORGET) * (PRIOR * PRIOR_WEIGHT - self.stood[place])
-                self.tried[place] += (1 - FORGET) * (PRIOR_WEIGHT - self.tried[place])
-        self._stale += 1
+
+    def _forget(self) -> None:
+        """Bring what was seen nearer to the prior, by the plain steps since."""
+        keep, self._plain = FORGET**self._plain, 0
+        self.stood = [PRIOR * PRIOR_WEIGHT + keep * (stood - PRIOR * PRIOR_WEIGHT) for stood in self.stood]
+        self.tried = [PRIOR_WEIGHT + keep * (tried - PRIOR_WEIGHT) for tried in self.tried]
 
     def _best(self, budget: float = math.inf) -> tuple[Plan, Plan]:
         """The plans without and with a draft at hand that together write the most tokens per second, and whose risk is
