@@ -13,7 +13,7 @@ from elara.decoding import Controller, Costs, calibrate, writable
 from elara.device import device_name
 from elara.runs import project_root
 
-VERSION = 1  # raised when what is measured changes
+VERSION = 2  # raised when what is measured changes
 
 
 def controller_for(loaded: Loaded, *, precision: str, batch: int = 1, depth: int | None = None) -> Controller | None:

@@ -95,7 +95,8 @@ def test_fewer_bits_hardly_cost_a_trained_model(tmp_path):
     train = [sys.executable, "-m", "elara.train", "experiment=elara_char", "trainer.max_steps=200", "trainer=cpu"]
     done = subprocess.run(train, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    done = run(tmp_path, "checkpoint=elara_char", "eval.precisions=[bfloat16,int8,int4]", "eval.prompts=0", "device=cpu")
+    wanted = ["eval.precisions=[bfloat16,int8,int4]", "eval.prompts=0", "device=cpu"]
+    done = run(tmp_path, "checkpoint=elara_char", *wanted)
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "outputs" / "evaluate").glob("*/evaluation.json")
     (result,) = json.loads(file.read_text())["results"]

@@ -26,7 +26,7 @@ MARGIN = 1.05  # what a plan must promise over plain decoding: costs are measure
 PRIOR, PRIOR_WEIGHT = 0.6, 2.0  # chance that a proposal stands before any was seen, and how many trials that is worth
 MEMORY = 0.93  # of a trial, per trial after it: the text's character changes
 FORGET = 0.98  # of all trials, per token of plain decoding: what was hopeless may be worth another look
-REVIEW, PLAIN_REVIEW = 4, 16  # steps between two choices, while drafting and while not: choosing takes time as well
+REVIEW, PLAIN_REVIEW = 4, 32  # steps between two choices, while drafting and while not: choosing takes time as well
 BURST, BURST_SECONDS = 8, 0.05  # steps that calibration takes on end, at most, and how long
 START, SHARE = 1.5, 0.005  # AR steps that trying may cost: at the start, and for every token written
 
@@ -60,7 +60,7 @@ class Costs:
 def candidates(longest: int) -> list[Plan]:
     """The plans that are measured: lengths and numbers of groups in powers of two, drafting alone, and plain AR.
 
-    All with groups have one behind the first token, where random drafts end: so their cost holds that of the next draft.
+    All with groups have one behind the first token, where random drafts end: their cost holds that of the next draft.
     """
     powers = [2, 4, 8, 16, 32, 64]
     plans = [AR]
@@ -139,7 +139,14 @@ class Controller:
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.longest = max(costs.lengths, default=1)
+        plain = costs.of(AR)
+        self._prices = []  # in AR steps: length, a step that only thinks, steps that verify by number of groups
+        for length in costs.lengths:
+            think = costs.seconds[1, 1, length] / plain
+            talks = [(n, costs.seconds[length, n, length if n else 0] / plain) for n in costs.groups(length)]
+            self._prices.append((length, think, talks))
         self.begin()
+        self._hopeless = self._best() == (AR, AR)  # then nothing is ever tried, and nothing seen could change that
 
     def begin(self) -> None:
         """Forget what earlier texts were like."""
@@ -152,6 +159,9 @@ class Controller:
 
     def step(self, engine: Engine) -> None:
         """Move the engine on by one step of the best plan."""
+        if self._hopeless:
+            engine.step(AR)
+            return
         plan = self.plan(drafted=any(row.draft.tokens for row in engine.rows))
         engine.step(plan)
         self.observe(plan, engine.rows)
@@ -205,21 +215,18 @@ class Controller:
         reach = [1.0]
         for stood, tried in zip(self.stood, self.tried, strict=True):
             reach.append(reach[-1] * (stood / tried))
-        plain = self.costs.of(AR)
-        best, choice = MARGIN / plain, (AR, AR)
-        for length in self.costs.lengths:
-            think = Plan(1, (1,), length)
-            chances = [reach[j - 1] - (reach[j] if j < length else 0) for j in range(1, length + 1)]  # that j stand
-            likely = sorted(range(1, length + 1), key=lambda j: -chances[j - 1])
+        best, choice = MARGIN, None
+        for length, think, talks in self._prices:
+            chances = [reach[j] - reach[j + 1] for j in range(length - 1)] + [reach[length - 1]]  # that j + 1 stand
+            likely = sorted(range(length), key=lambda j: -chances[j])
             tokens = sum(reach[:length])
-            for count in self.costs.groups(length):
-                groups = tuple(sorted(likely[:count]))
-                talk = Plan(length, groups, length if groups else 0)
-                again = sum(chances[j - 1] for j in groups)  # chance that the next step has a draft as well
+            for count, talk in talks:
+                again = sum(chances[j] for j in likely[:count])  # chance that the next step has a draft as well
                 share = 1 / (2 - again)  # of the steps that verify; the others only think
-                rate = (share * tokens + 1 - share) / (
-                    share * self.costs.of(talk) + (1 - share) * self.costs.of(think)
-                )
-                if rate > best and self._risk(think, talk) < budget:
-                    best, choice = rate, (think, talk)
-        return choice
+                rate = (share * tokens + 1 - share) / (share * talk + (1 - share) * think)
+                if rate > best and max(0.0, think - 1) + max(0.0, talk - 1) < budget:
+                    best, choice = rate, (length, sorted(j + 1 for j in likely[:count]))
+        if choice is None:
+            return AR, AR
+        length, groups = choice
+        return Plan(1, (1,), length), Plan(length, tuple(groups), length if groups else 0)

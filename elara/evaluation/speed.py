@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from elara.calibration import controller_for
 from elara.checkpoint import Loaded
-from elara.decoding import Controller, SamplingConfig, calibrate, generate, writable
+from elara.decoding import Controller, SamplingConfig, generate, writable
 from elara.decoding.config import MODES
 
 
@@ -61,10 +62,10 @@ def measure_speed(
 
     models: each by precision, `float32` among them. prompts: of each model, at least one. A round takes the next
     `batch` prompts through all models, precisions and modes; one round runs first and does not count. The controller of
-    `auto` is calibrated before. advance: called with 1 behind each round.
+    `auto` is calibrated before, if it never was on this machine. advance: called with 1 behind each round.
     """
     controllers = {
-        (i, precision): _controller(loaded, batch, depth)
+        (i, precision): controller_for(loaded, precision=precision, batch=batch, depth=depth)
         for i, model in enumerate(models)
         for precision, loaded in model.items()
         if "auto" in modes_of(loaded)
@@ -93,12 +94,6 @@ def measure_speed(
         figures = Speed(mode, precision, middle, quartiles[0], quartiles[2], ratio, per_forward, rounds, batch)
         found[i].append(figures)
     return found
-
-
-def _controller(loaded: Loaded, batch: int, depth: int | None) -> Controller:
-    tokenizer = loaded.tokenizer
-    allowed = writable(tokenizer, loaded.config.vocab_size)
-    return Controller(calibrate(loaded.model, tokenizer.mask_id, allowed=allowed, batch=batch, depth=depth))
 
 
 def _timed(
