@@ -10,6 +10,7 @@ import torch
 
 from elara.checkpoint import Loaded, write_json
 from elara.decoding import Controller, Costs, calibrate, writable
+from elara.decoding.controller import candidates
 from elara.device import device_name
 from elara.runs import project_root
 
@@ -38,7 +39,7 @@ def controller_for(loaded: Loaded, *, precision: str, batch: int = 1, depth: int
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = project_root() / "data" / "calibration" / f"{digest}.json"
-    if (costs := _read(path)) is None:
+    if (costs := _read(path, model.config.tidar.block_length)) is None:
         allowed = writable(tokenizer, model.config.vocab_size)
         costs = calibrate(model, tokenizer.mask_id, allowed=allowed, batch=batch, depth=depth)
         try:
@@ -49,9 +50,10 @@ def controller_for(loaded: Loaded, *, precision: str, batch: int = 1, depth: int
     return Controller(costs)
 
 
-def _read(path: Path) -> Costs | None:
-    """The costs in a file; None when there is none or it cannot be read, which a new calibration mends."""
+def _read(path: Path, longest: int) -> Costs | None:
+    """The costs in a file; None when there is none or it is not whole, which a new calibration mends."""
     try:
-        return Costs.from_list(json.loads(path.read_text("utf-8"))["seconds"])
+        costs = Costs.from_list(json.loads(path.read_text("utf-8"))["seconds"])
+        return costs if all(costs.of(plan) > 0 for plan in candidates(longest)) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
