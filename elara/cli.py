@@ -74,6 +74,14 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
         fail(error)
 
 
+def guard(main: Callable[[], None]) -> None:
+    """Run a script's `main`, with one line instead of a traceback for what its user can mend."""
+    try:
+        main()
+    except (ElaraError, KeyboardInterrupt) as error:
+        fail(error)
+
+
 def fail(error: BaseException) -> NoReturn:
     """Print one line for `error` and end the process."""
     interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))

@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from elara.cli import guard
 from elara.runs import find_runs
 from elara.training.figures import STYLE, read_metrics
 
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from elara import checkpoint
+from elara.cli import guard
 from elara.data.preparation import open_prepared
 from elara.runs import find_checkpoint, project_root
 from elara.training.figures import STYLE
@@ -56,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

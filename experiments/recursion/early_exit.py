@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from elara import checkpoint
+from elara.cli import guard
 from elara.data.preparation import open_prepared
 from elara.model import ElaraLM, KVCache
 from elara.runs import find_checkpoint, project_root
@@ -112,4 +113,4 @@ def draw(rows: list[tuple[int, float | None, float, float, float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 
 from elara import checkpoint
 from elara.checkpoint import Loaded
+from elara.cli import guard
 from elara.data.preparation import open_prepared
 from elara.decoding import SamplingConfig, generate, writable
 from elara.evaluation.loss import ratio
@@ -189,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from elara import checkpoint
+from elara.cli import guard
 from elara.decoding import Controller, SamplingConfig, calibrate, generate, writable
 from elara.evaluation import held_out_text
 from elara.evaluation.drafts import held_out_prompts
@@ -170,4 +171,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

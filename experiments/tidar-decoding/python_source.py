@@ -6,6 +6,7 @@ import shutil
 import sysconfig
 from pathlib import Path
 
+from elara.cli import guard
 from elara.runs import project_root
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "lib2to3", "pydoc_data", "encodings", "__pycache__"}
@@ -22,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from elara import checkpoint
+from elara.cli import guard
 from elara.decoding import Controller, SamplingConfig, Server, calibrate, writable
 from elara.evaluation import held_out_text
 from elara.evaluation.drafts import held_out_prompts
@@ -104,4 +105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)
