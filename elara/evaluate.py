@@ -18,7 +18,7 @@ from elara.data import DataConfig
 from elara.device import find_device
 from elara.errors import ElaraError
 from elara.evaluation import EvalConfig, compare, held_out_text
-from elara.evaluation.models import data_of, find_models, load_as
+from elara.evaluation.models import data_of, find_models
 from elara.evaluation.report import table, write
 
 
@@ -53,7 +53,7 @@ def evaluate(config: DictConfig) -> None:
         models,
         text,
         measures,
-        reload=lambda name, precision: load_as(folders[name], precision, device),
+        reload=lambda name, precision: checkpoint.load(folders[name], device=device, precision=precision),
         depth=wanted.depth,
     )
     console = Console(width=None if sys.stdout.isatty() else 60 + 30 * len(results))

@@ -14,10 +14,12 @@ from elara.bench.measure import Figure, Run, compare, figure, race
 from elara.config import ElaraConfig, TiDARConfig
 from elara.decoding import Controller, SamplingConfig, calibrate, generate
 from elara.model import ElaraLM, KVCache, MaskSection, convert
+from elara.model.moe import Router
 
 DRAFT_LENGTHS = (2, 4, 8)
 BATCHES = (1, 4, 16)
-ROUTINGS = ("token", "block", "anchor")
+ROUTINGS = ("token", "block", "anchor", "shared")  # shared: all tokens of a step by the same experts, a bound
+ON_END = 6  # steps of forward_cost in a row
 
 
 @dataclass
@@ -138,7 +140,7 @@ def forward_cost(name: str, config: ElaraConfig, device: torch.device, rounds: i
     """One TiDAR step of L drafted tokens and their L groups of L masks, heads included, against one token's step.
 
     The cache holds a quarter of the context, at most 256 tokens. In bf16, random weights; the same ones under every
-    routing of the masks.
+    routing of the masks. The last one sends every token to the same experts: no way of sharing them can cost less.
     """
     state = convert(ElaraLM(config), "bfloat16").to(device).state_dict()
     held = min(256, config.model.context_length // 4)
@@ -146,9 +148,14 @@ def forward_cost(name: str, config: ElaraConfig, device: torch.device, rounds: i
     runs: dict[str, Run] = {}
     for routing in routings:
         with torch.device("meta"):
-            model = ElaraLM(replace(config, tidar=replace(config.tidar, draft_routing=routing)))
+            trained = "anchor" if routing == "shared" else routing
+            model = ElaraLM(replace(config, tidar=replace(config.tidar, draft_routing=trained)))
         model.load_state_dict(state, assign=True)
         model.eval()
+        for router in model.modules():
+            if isinstance(router, Router) and routing == "shared":
+                first = torch.arange(config.moe.num_experts, device=device) < config.moe.top_k
+                router.selection_bias = router.selection_bias + 10 * first  # scores are below 1
         runs["one token"] = _step(model, held, 0)  # the same under every routing
         runs |= {f"{routing} {length}": _step(model, held, length) for length in DRAFT_LENGTHS}
     seconds = race(runs, rounds)
@@ -166,13 +173,16 @@ def forward_cost(name: str, config: ElaraConfig, device: torch.device, rounds: i
 
 
 def _step(model: ElaraLM, held: int, length: int) -> Run:
-    """A forward behind `held` tokens that comes back to them: one token, or a draft of `length` with its masks."""
+    """ON_END forwards behind `held` tokens that come back to them: of one token, or of `length` with their masks.
+
+    Several on end, as in decoding: one plain step between large ones would find its weights out of the cache.
+    """
     config, device = model.config, model.embed.weight.device
     room = held + (length or 1) * (length + 1)
     cache = KVCache(config, 1, room, dtype=model.embed.weight.dtype, device=device)
     with torch.inference_mode():
         model(torch.tensor(_prompts(config, [held]), device=device), cache=cache)
-    tokens = torch.tensor(_prompts(config, [max(1, length)]), device=device)
+    drafts = torch.tensor(_prompts(config, [max(1, length)] * ON_END), device=device)
     section = None
     if length:
         starts = torch.arange(held + 1, held + 1 + length)
@@ -180,12 +190,13 @@ def _step(model: ElaraLM, held: int, length: int) -> Run:
 
     @torch.inference_mode()
     def run() -> None:
-        cache.truncate([held])
-        output = model(tokens, section=section, cache=cache)
-        model.ar_head(output.hidden).argmax(-1)
-        if output.mask_hidden is not None and length > 1:
-            masks = output.mask_hidden[:, 1:length]
-            model.diffusion_head(masks, *([tokens[:, 1:]] if config.tidar.chain else [])).argmax(-1)
+        for tokens in drafts.split(1):
+            cache.truncate([held])
+            output = model(tokens, section=section, cache=cache)
+            model.ar_head(output.hidden).argmax(-1)
+            if output.mask_hidden is not None and length > 1:
+                masks = output.mask_hidden[:, 1:length]
+                model.diffusion_head(masks, *([tokens[:, 1:]] if config.tidar.chain else [])).argmax(-1)
 
     return run
 
@@ -203,8 +214,6 @@ def _write(
     mode = "ar" if mask_id is None else "tidar"
 
     def run() -> int:
-        if controller is not None:
-            controller.begin()
         steps = generate(model, prompts, sampling, mode=mode, mask_id=mask_id, controller=controller)
         return sum(1 for _ in steps)
 

@@ -19,9 +19,16 @@ from elara.model import ElaraLM
 from elara.size import kv_cache_bytes
 from elara.tokenizer.byte import ByteTokenizer
 
+STATUS = Path("/proc/self/status")
+
 
 def memory(config: ElaraConfig, device: torch.device) -> Iterator[Figure]:
-    """Each precision's peak against float32's, and what it holds while it decodes; the KV cache's bytes per token."""
+    """Each precision's peak against float32's, and what it holds while it decodes; the KV cache's bytes per token.
+
+    Nothing on a CPU without Linux's account of a process's memory.
+    """
+    if device.type == "cpu" and not STATUS.is_file():
+        return
     names = ["float32", "bfloat16"] + (["int8", "int4"] if device.type == "cpu" else [])
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +77,7 @@ def _peak(device: torch.device) -> int:
 
 def _resident(key: str) -> int:
     """Bytes of this process in memory, from Linux's account of it."""
-    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
+    for line in STATUS.read_text("utf-8").splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
+    raise OSError(f"{STATUS} has no {key}")

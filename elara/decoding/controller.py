@@ -85,10 +85,10 @@ def calibrate(
     """Time every candidate plan on random text of `context` tokens: in turn, 3 rounds or more, about `seconds` long.
 
     In a round each plan takes several steps on end, as it would when writing: what a step finds in the processor's
-    cache is what the step before it left there.
+    cache is what the step before it left there. The rows of a batch differ in length, as requests do.
     """
     longest = model.config.tidar.block_length
-    context = min(context, model.config.model.context_length // 2)
+    context = max(1, min(context, model.config.model.context_length // 2))
     generator = torch.Generator().manual_seed(0)
     engine = Engine(
         model,
@@ -106,9 +106,9 @@ def calibrate(
 
     def burst(plan: Plan) -> float:
         """Median seconds of a step, the first aside."""
-        for row in rows:
-            row.text = row.text[:context]
-        engine.cache.truncate([context - 1] * batch)
+        for row, length in zip(rows, lengths, strict=True):
+            row.text = row.text[:length]
+        engine.cache.truncate([length - 1 for length in lengths])
         taken: list[float] = []
         while len(taken) < 2 or (len(taken) < BURST and sum(taken) < BURST_SECONDS):
             for row in rows:
@@ -119,7 +119,8 @@ def calibrate(
         return statistics.median(taken[1:])
 
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=1 << 30)
-    rows = [Row(i, random_ids(context), greedy, 1 << 30, generator) for i in range(batch)]
+    lengths = [context - i % max(1, context // 2) for i in range(batch)]
+    rows = [Row(i, random_ids(length), greedy, 1 << 30, generator) for i, length in enumerate(lengths)]
     times: dict[Plan, list[float]] = {plan: [] for plan in candidates(longest)}
     started = time.perf_counter()
     rounds = 0

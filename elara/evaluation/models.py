@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from elara import checkpoint
-from elara.checkpoint import Loaded
 from elara.data import DataConfig
 from elara.errors import ElaraError
 from elara.runs import Run, find_checkpoint
@@ -33,11 +30,6 @@ def find_models(wanted: object = None) -> dict[str, Path]:
         if len(set(names)) == len(names):
             break
     return dict(zip(names, found, strict=True))
-
-
-def load_as(folder: Path, precision: str, device: torch.device) -> Loaded:
-    """A checkpoint in one of the precisions of `eval.precisions`."""
-    return checkpoint.load(folder, device=device, precision=precision)
 
 
 def run_of(folder: Path) -> Run | None:

@@ -117,7 +117,7 @@ def test_every_decoding_case_gives_its_figures():
     modes = list(decoding.modes(config(block_length=4), CPU, 1, new_tokens=4))
     assert len(modes) == 12 and {f.at for f in modes if f.series} == {2, 4, 8}
     costs = list(decoding.forward_cost("tiny", config(block_length=4), CPU, 1))
-    assert [f.at for f in costs] == [6, 20, 72] * 3
+    assert [f.at for f in costs] == [6, 20, 72] * 4
     kinds = [f.name.split()[0] for f in decoding.precision(config(), CPU, 1, new_tokens=2)]
     assert kinds == ["bfloat16", "int8", "int4", "int4"]
 
