@@ -116,19 +116,22 @@ def find_checkpoint(where: str | Path | None = None) -> Path:
     """A checkpoint folder for sampling or evaluation.
 
     where: a checkpoint folder; a run folder (its best checkpoint, else the last); a run's name (its newest run that has
-    one); None: the newest run of any name, finished ones first. Raises ElaraError when there is nothing.
+    one), also where a folder without a checkpoint is called the same, as this package is; None: the newest run of any
+    name, finished ones first. Raises ElaraError when there is nothing.
     """
     if where is not None:
         path = Path(where)
         if (path / "config.json").is_file():
             return path
-        if path.is_dir():
-            return _best_of(Run(path)) or _nothing(f"{path} holds no checkpoint")
+        if found := _best_of(Run(path)):
+            return found
     runs = find_runs(str(where) if where is not None else None)
     for run in sorted(runs, key=lambda run: not run.finished):
         if found := _best_of(run):
             return found
     if where is not None:
+        if Path(where).is_dir():
+            return _nothing(f"{where} holds no checkpoint, and there is no run of that name")
         return _nothing(f"there is no checkpoint at '{where}', and no run of that name")
     return _nothing(f"there is no trained model under {train_root()}")
 

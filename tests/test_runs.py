@@ -79,12 +79,17 @@ def test_checkpoints_are_ordered_by_step_and_leftovers_are_not_among_them(home: 
     assert [runs.step_of(path) for path in run.checkpoints()] == [1000, 200, 90]
 
 
-def test_find_checkpoint_takes_a_checkpoint_a_run_a_name_or_the_newest_finished_run(home: Path) -> None:
+def test_find_checkpoint_takes_a_checkpoint_a_run_a_name_or_the_newest_finished_run(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = make_run(home, "bee", "2026-01-01_00-00-00", finished=True, steps=(10, 20))
     new = make_run(home, "wasp", "2026-01-02_00-00-00", steps=(5,))
     old.best.symlink_to("step-10")
     assert runs.find_checkpoint() == old.best
     assert runs.find_checkpoint("wasp") == new.path / "checkpoints" / "step-5"
+    (home / "elsewhere" / "wasp").mkdir(parents=True)
+    monkeypatch.chdir(home / "elsewhere")
+    assert runs.find_checkpoint("wasp") == new.path / "checkpoints" / "step-5", "an empty folder does not hide a run"
     assert runs.find_checkpoint(old.path) == old.best
     assert runs.find_checkpoint(old.path / "checkpoints" / "step-20").name == "step-20"
 
