@@ -5,6 +5,7 @@ A traceback is shown only with HYDRA_FULL_ERROR=1; an unexpected one is also wri
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib.util
@@ -60,7 +61,10 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
         except (Exception, KeyboardInterrupt) as error:
             if full_error:
                 raise
-            fail(error)
+            try:
+                fail(error)
+            finally:
+                _remove_empty(Path(HydraConfig.get().runtime.output_dir))
 
     main: Any = hydra.main(version_base="1.3", config_path=config_path(), config_name=config_name)(guarded)
     try:
@@ -72,6 +76,13 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
         if full_error:
             raise
         fail(error)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Leave no output folder behind in which nothing was written."""
+    if folder != Path.cwd():
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def guard(main: Callable[[], None]) -> None:

@@ -86,6 +86,7 @@ def test_a_mistake_is_one_line(home, overrides, message):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+    assert not any(folder for folder in (home / "outputs").glob("evaluate/*") if not any(folder.iterdir()))
 
 
 @pytest.mark.slow
