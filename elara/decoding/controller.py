@@ -160,15 +160,14 @@ class Controller:
 
     def step(self, engine: Engine) -> None:
         """Move the engine on by one step of the best plan."""
-        if self._hopeless:
-            engine.step(AR)
-            return
         plan = self.plan(drafted=any(row.draft.tokens for row in engine.rows))
         engine.step(plan)
         self.observe(plan, engine.rows)
 
     def plan(self, *, drafted: bool) -> Plan:
         """What the next step does; drafted: whether there is a draft to verify."""
+        if self._hopeless:
+            return AR
         think, talk = self._choice
         if self._stale >= (PLAIN_REVIEW if talk == AR else REVIEW):
             self._forget()

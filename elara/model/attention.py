@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from elara.config import ElaraConfig
 from elara.model.cache import KVCache
+from elara.model.linear import Linear
 from elara.model.moe import DraftRouting
 from elara.model.norm import RMSNorm
 from elara.model.section import MaskSection
 
 CHUNK = 64  # mask queries per chunk: small enough to skip most hidden keys, whole enough for good matmuls
+FEW_QUERIES = 16  # below, plain matmuls are the slower ones in decoding
 PLAIN_LIMIT = 512 * 512  # queries x keys up to which plain bf16 matmuls beat the CPU's flash kernel (2-7x in training)
 
 
@@ -104,8 +106,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.model.n_head, config.n_kv_head, config.head_dim
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
-        self.qkv = nn.Linear(config.model.n_embd, width, bias=config.model.bias)
-        self.out = nn.Linear(self.n_head * self.head_dim, config.model.n_embd, bias=False)
+        self.qkv = Linear(config.model.n_embd, width, bias=config.model.bias)
+        self.out = Linear(self.n_head * self.head_dim, config.model.n_embd, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.model.norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.model.norm_eps)
 
@@ -155,13 +157,17 @@ def _rotate(x: Tensor, view: View) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
     """Attention of q (batch, heads, queries, dim) over k, v (batch, kv heads, keys, dim); True in `mask` is visible."""
-    chunk_of_masks = mask is not None and q.shape[2] <= CHUNK
-    short = q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= PLAIN_LIMIT
-    if q.device.type == "cpu" and (chunk_of_masks or short):
-        return _attend_plain(q, k, v, mask, causal=causal)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    queries, narrow, on_cpu = q.shape[2], q.dtype == torch.bfloat16, q.device.type == "cpu"
+    if on_cpu and (torch.is_grad_enabled() or (narrow and queries >= FEW_QUERIES)):
+        chunk_of_masks = mask is not None and queries <= CHUNK
+        short = narrow and queries * k.shape[2] <= PLAIN_LIMIT
+        if chunk_of_masks or short:
+            return _attend_plain(q, k, v, mask, causal=causal)
+    dtype = torch.float32 if on_cpu and narrow and queries == 1 else q.dtype  # 2-3 times as fast, casts included
+    y = F.scaled_dot_product_attention(
+        q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
     )
+    return y.to(q.dtype)
 
 
 def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from elara.config import ElaraConfig
 from elara.model.attention import Attention, View, rope_angles, section_chunks, section_visible
 from elara.model.cache import KVCache
+from elara.model.linear import Linear, linear
 from elara.model.mlp import MLP
 from elara.model.moe import Choice, DraftRouting, MoE, RoutingStats
 from elara.model.norm import RMSNorm
@@ -105,7 +106,7 @@ class ElaraLM(nn.Module):
         self.blocks = nn.ModuleList(Block(config, moe=i in config.moe_layers) for i in range(m.n_layer))
         self.norm = RMSNorm(m.n_embd, m.norm_eps)
         untied = config.tidar.block_length and not config.tidar.tie_head
-        self.diffusion = nn.Linear(m.n_embd, config.vocab_size, bias=False) if untied else None
+        self.diffusion = Linear(m.n_embd, config.vocab_size, bias=False) if untied else None
         self.chain = DraftChain(config) if config.tidar.block_length and config.tidar.chain else None
         self.packed_head: nn.Module | None = None  # the embedding's matrix once more, where `precision` packs it
         self.reset_parameters()
@@ -160,7 +161,7 @@ class ElaraLM(nn.Module):
 
     def ar_head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token, (..., vocab), from the embedding's weight."""
-        return F.linear(hidden, self.embed.weight) if self.packed_head is None else self.packed_head(hidden)
+        return linear(hidden, self.embed.weight) if self.packed_head is None else self.packed_head(hidden)
 
     def diffusion_head(self, mask_hidden: Tensor, previous: Tensor | None = None) -> Tensor:
         """Logits of the token that a mask token stands for, (..., vocab); previous as in `chained`."""

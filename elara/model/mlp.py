@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elara.model.linear import Linear
+
 
 class _SwiGLU(torch.autograd.Function):
     """Keeps only its input, and writes both halves of the gradient in place instead of concatenating them."""
@@ -43,8 +45,8 @@ class MLP(nn.Module):
 
     def __init__(self, n_embd: int, hidden: int, inputs: int | None = None) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(inputs or n_embd, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, n_embd, bias=False)
+        self.gate_up = Linear(inputs or n_embd, 2 * hidden, bias=False)
+        self.down = Linear(hidden, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(swiglu(self.gate_up(x)))

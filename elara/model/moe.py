@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elara.config import ElaraConfig
+from elara.model.linear import linear
 from elara.model.mlp import MLP, swiglu
 
 CLEAN, MASK = 0, 1  # sections, as indexed in RoutingStats.load
@@ -195,7 +196,7 @@ class Experts(nn.Module):
 
     def expert(self, index: int, x: Tensor, weights: Weights) -> Tensor:
         """One expert on its rows, (rows, n_embd) -> (rows, n_embd)."""
-        return F.linear(swiglu(F.linear(x, weights[0][index])), weights[1][index])
+        return linear(swiglu(linear(x, weights[0][index])), weights[1][index])
 
     def _decode(self, x: Tensor, choice: Choice, weights: Weights) -> Tensor:
         """What a decoding step needs: every expert that is chosen at all is read once, for all of its rows."""
@@ -217,7 +218,7 @@ def _by_expert(xs: Tensor, weights: Weights, sizes: list[int]) -> Tensor:
     # unbind has one backward for the stack; W[e] would make a full-size zero gradient for every expert
     gate_up, down = weights[0].unbind(0), weights[1].unbind(0)
     parts = [
-        F.linear(swiglu(F.linear(part, gate_up[e])), down[e])
+        linear(swiglu(linear(part, gate_up[e])), down[e])
         for e, part in enumerate(xs.split(sizes))
         if sizes[e] or torch.is_grad_enabled()  # an idle expert still gets its zero gradient
     ]

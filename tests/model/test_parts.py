@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from elara.model.attention import rope_angles
+from elara.model.attention import _attend, rope_angles
+from elara.model.linear import Linear, linear
 from elara.model.mlp import MLP, swiglu
 from elara.model.norm import RMSNorm, rms_norm
 
@@ -50,3 +52,44 @@ def test_rotary_table_matches_the_formula():
             for at, sign in ((pair, -1), (pair + 4, 1)):
                 assert float(cos[0, i, 0, at]) == pytest.approx(math.cos(angle), abs=3e-5)
                 assert float(sin[0, i, 0, at]) == pytest.approx(sign * math.sin(angle), abs=3e-5)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 96), (2, 1, 96), (3, 96), (2, 40, 96), (300, 96)])
+@pytest.mark.parametrize("outputs", [8, 5000])
+def test_products_without_gradients_equal_those_with(monkeypatch, slow, shape, outputs):
+    """Whichever library makes them: both are run here, on every processor."""
+    monkeypatch.setattr("elara.model.linear.blas_is_slow", lambda: slow)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(shape, generator=generator), torch.randn(outputs, 96, generator=generator)
+    bias = torch.randn(outputs, generator=generator)
+    expected = x.double() @ weight.double().T
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x, weight).double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(linear(x, weight, bias).double(), expected + bias, rtol=1e-4, atol=1e-4)
+        sliced = torch.cat([x, x], -1)[..., 96:]
+        torch.testing.assert_close(linear(sliced, weight).double(), expected, rtol=1e-4, atol=1e-4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert linear(x, weight).dtype == torch.bfloat16
+    layer = Linear(96, outputs)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("queries", [1, 3, 20])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_of_few_queries_equals_its_formula(dtype, heads, queries, masked):
+    """Every kernel that decoding takes, by number of queries."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, t, 16, generator=generator).to(dtype)
+               for n, t in ((heads[0], queries), (heads[1], 30), (heads[1], 30)))  # fmt: skip
+    mask = torch.rand(2, 1, queries, 30, generator=generator) < 0.6 if masked else None
+    wide_q, wide_k, wide_v = (t.double().repeat_interleave(heads[0] // t.shape[1], 1) for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=mask)
+    with torch.inference_mode():
+        found = _attend(q, k, v, mask)
+    assert found.dtype == dtype
+    limit = 0.02 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit)
