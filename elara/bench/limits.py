@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from elara.bench.measure import Figure, Run, timed
 from elara.model import ElaraLM
+from elara.model.linear import linear
 from elara.model.moe import Experts, MoE
 from elara.training.callbacks.throughput import peak_flops
 
@@ -29,7 +29,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP per second of one large square matrix product in `dtype`, by torch's threads."""
     side = SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / min(timed(lambda: F.linear(a, b)) for _ in range(REPEATS))
+    return 2 * side**3 / min(timed(lambda: linear(a, b)) for _ in range(REPEATS))
 
 
 def decode_bytes(model: ElaraLM) -> int:

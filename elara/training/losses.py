@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elara.model import ElaraLM, RoutingStats, draw_section
+from elara.model.linear import linear
 
 IGNORE = -100  # target that no loss counts
 ROWS = 256  # rows of logits alive at once for a large vocabulary: 256 x 50304 floats are 51 MB, not 400
@@ -33,7 +34,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, weights: T
     weights: (rows) factors on each row's loss, which do not change what the mean divides by.
     """
     if len(weight) <= 4096 or len(hidden) <= ROWS:
-        loss = F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=IGNORE, reduction="none")
+        loss = F.cross_entropy(linear(hidden, weight).float(), targets, ignore_index=IGNORE, reduction="none")
         loss = loss if weights is None else loss * weights
         return loss.sum() / (targets != IGNORE).sum().clamp(min=1)
     scale = (targets != IGNORE).float() if weights is None else weights * (targets != IGNORE)
@@ -57,7 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, start + ROWS)
             target = targets[rows].clamp(min=0)
-            logits = F.linear(hidden[rows], weight).float()  # (ROWS, vocab)
+            logits = linear(hidden[rows], weight).float()  # (ROWS, vocab)
             norm = logits.logsumexp(1)
             total += ((norm - logits.gather(1, target[:, None])[:, 0]) * scale[rows]).sum()
             if grad_hidden is None and grad_weight is None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd import gradcheck
 
 from elara.model.attention import _attend, rope_angles
@@ -57,7 +58,7 @@ def test_rotary_table_matches_the_formula():
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 96), (2, 1, 96), (3, 96), (2, 40, 96), (300, 96)])
 @pytest.mark.parametrize("outputs", [8, 5000])
-def test_products_without_gradients_equal_those_with(monkeypatch, slow, shape, outputs):
+def test_products_equal_torchs(monkeypatch, slow, shape, outputs):
     """Whichever library makes them: both are run here, on every processor."""
     monkeypatch.setattr("elara.model.linear.blas_is_slow", lambda: slow)
     generator = torch.Generator().manual_seed(0)
@@ -71,9 +72,14 @@ def test_products_without_gradients_equal_those_with(monkeypatch, slow, shape, o
         torch.testing.assert_close(linear(sliced, weight).double(), expected, rtol=1e-4, atol=1e-4)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert linear(x, weight).dtype == torch.bfloat16
-    layer = Linear(96, outputs)
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
+    gradients = []
+    for kind in (nn.Linear, Linear):
+        layer = kind(96, outputs, bias=False)
+        layer.weight = nn.Parameter(weight)
+        given = x.clone().requires_grad_()
+        layer(given).square().mean().backward()
+        gradients.append([given.grad, layer.weight.grad])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
