@@ -23,7 +23,7 @@ from elara.decoding.tidar import AR, Draft, Plan
 from elara.model import ElaraLM
 
 MARGIN = 1.05  # what a plan must promise over plain decoding: costs are measured, not known
-PRIOR, PRIOR_WEIGHT = 0.6, 2.0  # chance that a proposal stands before any was seen, and how many trials that is worth
+PRIOR, PRIOR_WEIGHT = 0.75, 2.0  # chance that a proposal stands before any was seen, and how many trials that is worth
 MEMORY = 0.93  # of a trial, per trial after it: the text's character changes
 FORGET = 0.98  # of all trials, per token of plain decoding: what was hopeless may be worth another look
 REVIEW, PLAIN_REVIEW = 4, 32  # steps between two choices, while drafting and while not: choosing takes time as well
