@@ -99,40 +99,35 @@ def draft(
     if group.shape[1] == 1:
         return [Draft.none() for _ in last]
     greedy = all(sampling.temperature == 0 for sampling in samplings)
-    previous = torch.tensor(last, device=group.device)
+
+    def draw_from(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens, (rows, n), of independent logits, (rows, n, vocab), and what drew them, like the logits."""
+        if not greedy:
+            return _draw(logits, samplings, generators, allowed)
+        return (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).argmax(-1), None
+
     if model.chain is None:
-        return _draw(model.diffusion_head(group[:, 1:]), samplings, generators, allowed, greedy=greedy)
-    parts = []
-    for place in range(1, group.shape[1]):
-        logits = model.diffusion_head(group[:, place], previous)[:, None]
-        parts.append(_draw(logits, samplings, generators, allowed, greedy=greedy))
-        previous = torch.tensor([made.tokens[0] for made in parts[-1]], device=group.device)
-    joined = []
-    for made in zip(*parts, strict=True):
-        proposals = [each.proposal for each in made if each.proposal is not None]
-        joined.append(Draft([each.tokens[0] for each in made], torch.cat(proposals) if proposals else None))
-    return joined
+        parts = [draw_from(model.diffusion_head(group[:, 1:]))]
+    else:
+        parts, previous = [], torch.tensor(last, device=group.device)
+        for place in range(1, group.shape[1]):
+            parts.append(draw_from(model.diffusion_head(group[:, place], previous)[:, None]))
+            previous = parts[-1][0][:, 0]
+    tokens = torch.cat([drawn for drawn, _ in parts], 1).tolist()  # the host waits once
+    if greedy:
+        return [Draft(each, None) for each in tokens]
+    proposals = torch.cat([proposal for _, proposal in parts if proposal is not None], 1)
+    return [Draft(each, proposal) for each, proposal in zip(tokens, proposals, strict=True)]
 
 
 def _draw(
-    logits: Tensor,
-    samplings: list[SamplingConfig],
-    generators: list[torch.Generator],
-    allowed: Tensor | None,
-    *,
-    greedy: bool,
-) -> list[Draft]:
-    """Drafts from independent logits, (rows, n, vocab)."""
-    if greedy:
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -torch.inf)
-        return [Draft(tokens, None) for tokens in logits.argmax(-1).tolist()]
-    drafts = []
+    logits: Tensor, samplings: list[SamplingConfig], generators: list[torch.Generator], allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    tokens, proposals = [], []
     for each, sampling, generator in zip(logits, samplings, generators, strict=True):
-        proposal = probabilities(each, sampling, allowed)
-        uniform = torch.rand(len(each), generator=generator).to(each.device)
-        drafts.append(Draft(draw(proposal, uniform).tolist(), proposal))
-    return drafts
+        proposals.append(probabilities(each, sampling, allowed))
+        tokens.append(draw(proposals[-1], torch.rand(len(each), generator=generator).to(each.device)))
+    return torch.stack(tokens), torch.stack(proposals)
 
 
 def longest_agreement(best: list[list[int]], drafts: list[list[int]], limits: list[int]) -> list[tuple[int, int]]:
