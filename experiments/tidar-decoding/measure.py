@@ -10,6 +10,7 @@ of four kinds (the held-out text, verse, random characters, repetition) through 
 import argparse
 import json
 import random
+import re
 import statistics
 import time
 from pathlib import Path
@@ -117,10 +118,24 @@ def way_is_whole(way):
     return way.endswith("all groups")
 
 
+def reachable(costs, chance):
+    """The best plan's speed-up when every proposal stands with this chance; costs: in plain steps, by what is read."""
+    best = 1.0
+    for read, groups, masks in costs:
+        if read == 1 or not groups:
+            continue
+        stand = [chance**j - (chance ** (j + 1) if j + 1 < read else 0) for j in range(read)]  # exactly j + 1 tokens
+        again = sum(sorted(stand)[-groups:])  # the next step has a draft as well
+        share = 1 / (2 - again)
+        tokens = share * sum(chance**j for j in range(read)) + 1 - share
+        best = max(best, tokens / (share * costs[read, groups, masks] + (1 - share) * costs[1, 1, masks]))
+    return best
+
+
 def draw():
     files = [json.loads(path.read_text()) for path in sorted(HERE.glob("*-*.json"))]
     results = [result for result in files if "ways" in result]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     for result in results:
         ways = {k: v for k, v in result["ways"].items() if way_is_whole(k)}
         lengths = [int(way.split(",")[0]) for way in ways]
@@ -130,12 +145,19 @@ def draw():
         axes[1].plot(lengths, [v["promised"] for v in ways.values()], ":", color=line.get_color())
         controller = result["ways"]["controller"]["speed_up"]
         axes[1].axhline(controller, color=line.get_color(), linewidth=0.8, linestyle="--")
+        costs = {tuple(map(int, re.findall(r"\d+", key))): cost for key, cost in result["costs"].items()}
+        chances = [0.3 + 0.01 * i for i in range(71)]
+        axes[2].plot(chances, [reachable(costs, chance) for chance in chances], color=line.get_color(), label=label)
     axes[0].set(xlabel="draft length", ylabel="tokens per forward", ylim=(1, None))
     axes[1].set(xlabel="draft length", ylabel="speed-up over plain decoding")
     axes[1].axhline(1, color="grey", linewidth=0.8)
     axes[1].set_title("dotted: promised by cost; dashed: the controller", fontsize=9, loc="left")
-    for axis in axes:
+    axes[2].set(xlabel="chance that a proposal stands", ylabel="speed-up of the best plan, by costs")
+    axes[2].axhline(1.5, color="grey", linewidth=0.8)
+    for axis in axes[:2]:
         axis.set_xscale("log", base=2)
+        axis.set_xticks([2, 4, 8], ["2", "4", "8"])
+    for axis in (axes[0], axes[2]):
         axis.legend(fontsize=8)
     figure.savefig(HERE / "decoding.png", dpi=130)
 
