@@ -142,7 +142,9 @@ def forward_cost(name: str, config: ElaraConfig, device: torch.device, rounds: i
     The cache holds a quarter of the context, at most 256 tokens. In bf16, random weights; the same ones under every
     routing of the masks. The last one sends every token to the same experts: no way of sharing them can cost less.
     """
-    model = convert(ElaraLM(config).to(device), "bfloat16")
+    model = ElaraLM(config).to(device)
+    size = _millions(model)
+    model = convert(model, "bfloat16")
     held = min(256, config.model.context_length // 4)
     routings = ROUTINGS if config.moe_layers else ROUTINGS[:1]
     runs: dict[str, Run] = {"one token": _step(model, held, 0)}  # the same under every routing
@@ -161,7 +163,7 @@ def forward_cost(name: str, config: ElaraConfig, device: torch.device, rounds: i
                 f"{name}: step of {new} tokens / 1, {routing} routing",
                 seconds[f"{routing} {length}"],
                 seconds["one token"],
-                note=f"drafts of {length}, {_millions(model)}, bf16, {held} in the cache",
+                note=f"drafts of {length}, {size}, bf16, {held} in the cache",
             )
             found.series, found.at = f"{name}, {routing} routing", new
             yield found
