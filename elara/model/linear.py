@@ -28,6 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and x.numel() >= ROWS * x.shape[-1]
         and x.numel() * len(weight) >= WORK
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # the compiler makes products of its own
         and blas_is_slow()
     ):
         if not torch.is_grad_enabled():

@@ -99,3 +99,13 @@ def test_attention_of_few_queries_equals_its_formula(dtype, heads, queries, mask
     assert found.dtype == dtype
     limit = 0.02 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit)
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_makes_its_own_products(monkeypatch):
+    """`compile=true`: the compiler knows oneDNN's product for constant weights only."""
+    monkeypatch.setattr("elara.model.linear.blas_is_slow", lambda: True)
+    torch.manual_seed(0)
+    mlp, x = MLP(128, 128), torch.randn(64, 128)
+    expected = mlp(x)
+    torch.testing.assert_close(torch.compile(mlp)(x), expected, rtol=1e-4, atol=1e-5)
