@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from typing import Any
 
 import pytest
@@ -206,20 +207,23 @@ def test_a_difference_without_a_tie_is_not_excused(make_model, write):
             assert not excused(model, prompt, text, other)
 
 
-def test_the_choices_depend_on_costs_and_seed_alone(make_model, write, monkeypatch):
+def test_the_choices_depend_on_costs_and_seed_alone(make_model, write):
     """Not on the clock: a machine that stalls now and then writes the same text."""
     model = make_model(**SIZE, **MODELS["block, chain"])
     kind, costs = CONTROLLERS["switching"]
     texts, chosen = [], []
-    for stall in (0, 1, 3):
-        ticks = itertools.count()
-        monkeypatch.setattr("time.perf_counter", lambda ticks=ticks, stall=stall: next(ticks) ** (1 + stall))
+    for every in (1000, 2, 3):
+        passes = itertools.count()
+        stall = model.register_forward_pre_hook(
+            lambda *_, passes=passes, every=every: time.sleep(0.01 if next(passes) % every == 0 else 0)
+        )
         controller = kind(Costs.from_list(costs.to_list()))
         sampling = SamplingConfig(temperature=0.8, top_k=5, seed=4, max_new_tokens=120)
         texts.append(
             write(model, prompts(3, 4), sampling, mode="tidar", mask_id=MASK_ID, allowed=ALLOWED, controller=controller)
         )
         chosen.append(controller.chosen)
+        stall.remove()
     assert texts[0][0] == texts[1][0] == texts[2][0]
     assert chosen[0] == chosen[1] == chosen[2]
     assert AR in chosen[0] and len(set(chosen[0])) > 2  # it did switch

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elara.decoding import Prefixes, SamplingConfig, generate
+from elara.decoding.inference import PREFILL
 from elara.errors import ElaraError
 
 MASK_ID = 10
@@ -108,15 +109,16 @@ def test_one_may_fill_the_context(make_model, write):
     assert read(model, [whole], prefixes=prefixes) == 0
 
 
-def test_it_is_read_in_parts_without_dropout(make_model, write, monkeypatch):
-    monkeypatch.setattr("elara.decoding.prefix.PREFILL", 3)
-    model = make_model(dropout=0.5)
+def test_it_is_read_in_parts_without_dropout(make_model, write):
+    model = make_model(dropout=0.5, context_length=2 * PREFILL)
     model.train()
+    head = [i * i % 10 for i in range(PREFILL + 3)]
     prefixes = Prefixes(model)
-    prefixes.remember(HEAD)
+    prefixes.remember(head)
     assert model.training
     sampling = SamplingConfig(max_new_tokens=20)
-    assert write(model, [[*HEAD, 1]], sampling, prefixes=prefixes)[0] == write(model, [[*HEAD, 1]], sampling)[0]
+    assert read(model, [[*head, 1]], prefixes=prefixes) == 0
+    assert write(model, [[*head, 1]], sampling, prefixes=prefixes)[0] == write(model, [[*head, 1]], sampling)[0]
 
 
 def test_autocast_keeps_it_in_its_dtype(make_model, write):

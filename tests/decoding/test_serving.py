@@ -12,7 +12,6 @@ import torch
 
 from elara.decoding import Controller, Costs, Prefixes, SamplingConfig, Server
 from elara.decoding.controller import candidates
-from elara.decoding.engine import Engine
 from elara.errors import ElaraError
 
 MASK_ID = 10
@@ -101,16 +100,17 @@ def test_without_a_controller_or_a_diffusion_head_auto_is_ar(make_model, write):
         assert text == alone(write, model, [1, 2, 3], SamplingConfig(mode="ar", seed=4, max_new_tokens=30))
 
 
-def test_tokens_come_as_they_are_written(make_model, monkeypatch):
-    """The first is there while the engine has not begun the third step."""
+def test_tokens_come_as_they_are_written(make_model):
+    """The first is there while the model has not begun the third step."""
     go = threading.Semaphore(2)
-    step = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda *args: (go.acquire(timeout=WAIT), step(*args)))
-    with Server(make_model()) as server:
+    model = make_model(1)
+    hook = model.register_forward_pre_hook(lambda *_: go.acquire(timeout=WAIT) and None)
+    with Server(model) as server:
         stream = server.submit([1], SamplingConfig(max_new_tokens=4))
         assert next(stream) is not None and next(stream) is not None
         go.release(2)
         assert len(list(stream)) == 2
+    hook.remove()
 
 
 def test_a_cancelled_request_stops_and_frees_its_slot(make_model, write):
@@ -136,17 +136,16 @@ def test_a_stream_that_is_dropped_is_cancelled(make_model):
         assert len(list(server.submit([1], SamplingConfig(max_new_tokens=3)))) == 3
 
 
-def test_a_crash_reaches_everyone_who_waits(make_model, monkeypatch):
+def test_a_crash_reaches_everyone_who_waits(make_model):
     go = threading.Event()
-    step = Engine.step
 
-    def fail(engine, plan):
-        step(engine, plan)
+    def fail(*_):
         if go.wait(WAIT):
             raise MemoryError("no room")
 
-    monkeypatch.setattr(Engine, "step", fail)
-    server = Server(make_model(), slots=2)
+    model = make_model()
+    model.register_forward_hook(fail)
+    server = Server(model, slots=2)
     streams = [server.submit([i], SamplingConfig(max_new_tokens=50)) for i in range(5)]  # two in flight, three waiting
     go.set()
 
