@@ -115,7 +115,7 @@ class PackedBFloat16(nn.Module):
 
 
 class PackedInt4(nn.Module):
-    """A linear layer of 4-bit weights, unpacked in registers: 3.5 times as fast as bf16 on one row (Zen 5)."""
+    """A linear layer of 4-bit weights, unpacked in registers: the fastest for one row, not for many."""
 
     weight: Tensor  # uint8, two weights a byte, in the kernel's order
     scales: Tensor  # (inputs / GROUP, outputs, 2), bf16: scale and zero point
@@ -143,7 +143,7 @@ class PackedInt4(nn.Module):
 
 
 class PackedInt8(nn.Module):
-    """A linear layer of 8-bit weights and activations, the latter scaled per token: 3-4 times bf16 from 4 rows on."""
+    """A linear layer of 8-bit weights and activations, the latter scaled per token: for many rows of large matrices."""
 
     weight: Tensor  # int8 in oneDNN's order
     bias: Tensor | None
