@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from elara.cli import guard
+from elara.report.figures import STYLE, read_metrics
 from elara.runs import find_runs
-from elara.training.figures import STYLE, read_metrics
 
 HERE = Path(__file__).parent
 

@@ -23,8 +23,8 @@ from elara import checkpoint
 from elara.cli import guard
 from elara.data.preparation import open_prepared
 from elara.model import ElaraLM, KVCache
+from elara.report.figures import BLUE, GREEN, ORANGE, STYLE
 from elara.runs import find_checkpoint, project_root
-from elara.training.figures import BLUE, GREEN, ORANGE, STYLE
 
 HERE = Path(__file__).parent
 DEPTHS, LIMITS, THRESHOLDS, WINDOWS = (1, 2, 3, 4), (2, 3, 4), (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0), 60

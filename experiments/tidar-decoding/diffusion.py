@@ -26,8 +26,8 @@ from elara.cli import guard
 from elara.data.preparation import open_prepared
 from elara.decoding import SamplingConfig, generate, writable
 from elara.evaluation.loss import ratio
+from elara.report.figures import BLUE, GREEN, GREY, ORANGE, STYLE
 from elara.runs import find_checkpoint, project_root
-from elara.training.figures import BLUE, GREEN, GREY, ORANGE, STYLE
 
 HERE = Path(__file__).parent
 PROMPTS, PROMPT, NEW = 96, 64, 128  # held-out places, tokens read and tokens written at each; the window never slides

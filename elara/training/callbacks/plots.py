@@ -20,6 +20,6 @@ class Plots(Callback):
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
         if not trainer.is_global_zero or not self.run.metrics.exists():
             return
-        from elara.training.figures import draw_all  # matplotlib takes a second to import: not before it is needed
+        from elara.report.figures import draw_all  # matplotlib takes a second to import: not before it is needed
 
         draw_all(self.run.metrics, self.run.plots, self.title)

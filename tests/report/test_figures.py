@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elara.errors import ElaraError
-from elara.training.figures import draw_all, read_metrics
+from elara.report.figures import draw_all, read_metrics
 from elara.training.loggers import CSV
 
 

@@ -1,0 +1,1 @@
+"""What came out of runs, for eyes: pictures, tables of sweeps, a page to send around."""
