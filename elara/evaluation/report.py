@@ -17,7 +17,7 @@ from rich.table import Table
 from elara.evaluation.loss import difference
 from elara.evaluation.result import Result
 from elara.evaluation.text import HeldOutText
-from elara.report.figures import BLUE, GREEN, GREY, ORANGE, STYLE
+from elara.report.style import BLUE, GREEN, GREY, ORANGE, STYLE
 
 COLOURS = (BLUE, ORANGE, GREEN, "#8456a8", "#b83b5e", GREY)
 Row = tuple[str, list[str]]  # what, and one cell per checkpoint

@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from elara.cli import guard
-from elara.report.figures import STYLE, read_metrics
+from elara.report.metrics import read_metrics
+from elara.report.style import STYLE
 from elara.runs import find_runs
 
 HERE = Path(__file__).parent

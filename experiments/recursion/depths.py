@@ -11,7 +11,7 @@ import torch
 from elara import checkpoint
 from elara.cli import guard
 from elara.data.preparation import open_prepared
-from elara.report.figures import STYLE
+from elara.report.style import STYLE
 from elara.runs import find_checkpoint, project_root
 from elara.training.losses import cross_entropy
 

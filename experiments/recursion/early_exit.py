@@ -23,7 +23,7 @@ from elara import checkpoint
 from elara.cli import guard
 from elara.data.preparation import open_prepared
 from elara.model import ElaraLM, KVCache
-from elara.report.figures import BLUE, GREEN, ORANGE, STYLE
+from elara.report.style import BLUE, GREEN, ORANGE, STYLE
 from elara.runs import find_checkpoint, project_root
 
 HERE = Path(__file__).parent

@@ -26,7 +26,7 @@ from elara.cli import guard
 from elara.data.preparation import open_prepared
 from elara.decoding import SamplingConfig, generate, writable
 from elara.evaluation.loss import ratio
-from elara.report.figures import BLUE, GREEN, GREY, ORANGE, STYLE
+from elara.report.style import BLUE, GREEN, GREY, ORANGE, STYLE
 from elara.runs import find_checkpoint, project_root
 
 HERE = Path(__file__).parent

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from elara.errors import ElaraError
-from elara.report.figures import draw_all, read_metrics
+from elara.report.figures import draw_all
+from elara.report.metrics import read_metrics
 from elara.training.loggers import CSV
 
 
