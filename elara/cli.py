@@ -12,11 +12,13 @@ import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
@@ -25,11 +27,10 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from elara import runs
-from elara.errors import ElaraError, Interrupted
+from elara import launch, runs
+from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, ElaraError, Interrupted
 
 Task = Callable[[DictConfig], None]
-EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -39,16 +40,19 @@ def config_path() -> str:
 
 
 def register_resolvers() -> None:
-    """`${elara_root:}` in the config is `runs.project_root()`."""
+    """`${elara_root:}` in the config is `runs.project_root()`, `${elara_now:}` what `launch.stamp()` gives."""
     OmegaConf.register_new_resolver("elara_root", lambda: str(runs.project_root()), replace=True)
+    OmegaConf.register_new_resolver("elara_now", launch.stamp, use_cache=True, replace=True)
 
 
 def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list[str]] | None = None) -> None:
     """Compose `config_name` from the command line and run `task` on it.
 
     rewrite: changes the arguments before Hydra sees them. A mistake of the user ends the process with exit code 1 and
-    one line on stderr that begins with `error:`; an interrupt ends it with 130.
+    one line on stderr that begins with `error:`; an interrupt ends it with 75 if a checkpoint was saved, else with 130.
     """
+    launch.watch_parent()
+    signal.signal(signal.SIGTERM, _stop)  # until training takes over, which saves first
     register_resolvers()
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -78,6 +82,10 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
         fail(error)
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def _remove_empty(folder: Path) -> None:
     """Leave no output folder behind in which nothing was written."""
     if folder != Path.cwd():
@@ -94,15 +102,17 @@ def guard(main: Callable[[], None]) -> None:
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Print one line for `error` and end the process."""
+    """Print one line for `error`, unless another rank speaks for this one, and end the process."""
     interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
     line = " ".join(explain(error).split())
-    rank = os.environ.get("LOCAL_RANK", "0")  # of this process in a data-parallel run
-    if rank != "0":
-        line = f"(rank {rank}) {line}"
-    if not (interrupted and rank != "0"):
-        print(line if interrupted else f"error: {line}", file=sys.stderr)
-    raise SystemExit(EXIT_INTERRUPTED if interrupted else 1)
+    rank = launch.global_rank()
+    if interrupted:
+        if rank == 0:
+            print(line, file=sys.stderr)
+    elif not launch.leave_error(line):
+        print(f"error: (rank {rank}) {line}" if rank else f"error: {line}", file=sys.stderr)
+    code = EXIT_INTERRUPTED if interrupted else EXIT_ERROR
+    raise SystemExit(error.exit_code if isinstance(error, Interrupted) else code)
 
 
 def explain(error: BaseException) -> str:
@@ -206,7 +216,8 @@ def _unexpected(error: BaseException) -> str:
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     hint = "set HYDRA_FULL_ERROR=1 for the traceback"
     if HydraConfig.initialized():
-        log = Path(HydraConfig.get().runtime.output_dir) / "error.log"
+        rank = launch.global_rank()
+        log = Path(HydraConfig.get().runtime.output_dir) / (f"error-rank{rank}.log" if rank else "error.log")
         try:
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             hint = f"the traceback is in {log}"

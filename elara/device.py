@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from elara.errors import ElaraError
+from elara.launch import cores
 
 
 def find_device(name: str) -> torch.device:
@@ -32,3 +35,29 @@ def device_name(device: torch.device | str = "cpu") -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def processes(trainer: Mapping[str, Any]) -> int:
+    """How many processes of this machine the settings of a lightning.Trainer ask for, one per device.
+
+    Raises ElaraError when there are fewer devices. CPU ranks share the cores: two may share one, more would only wait.
+    """
+    accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    if on_gpu and not torch.cuda.is_available():
+        raise ElaraError(
+            f"trainer.accelerator={accelerator}, but torch finds no GPU here: take trainer=cpu, or trainer=ddp_cpu"
+        )
+    here = torch.cuda.device_count() if on_gpu else max(2, cores())
+    if devices in ("auto", -1, "-1"):
+        return here if on_gpu else 1
+    if not isinstance(devices, (int, str)):
+        wanted = len(devices)
+    elif str(devices).isdigit() and int(devices) > 0:
+        wanted = int(devices)
+    else:
+        raise ElaraError(f"trainer.devices={devices} must be a whole number of at least 1, a list of devices, or auto")
+    if wanted > here:
+        what = f"{here} GPU{'s' if here > 1 else ''}" if on_gpu else f"{cores()} cores"
+        raise ElaraError(f"trainer.devices={wanted}, but this machine has {what}: give at most {here}")
+    return wanted

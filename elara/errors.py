@@ -1,4 +1,8 @@
-"""The one exception family for mistakes that the user can mend."""
+"""The one exception family for mistakes that the user can mend, and the exit codes of the commands."""
+
+EXIT_ERROR = 1
+EXIT_SAVED = 75  # EX_TEMPFAIL: interrupted behind a checkpoint; a scheduler may start the same command again
+EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 class ElaraError(Exception):
@@ -6,4 +10,12 @@ class ElaraError(Exception):
 
 
 class Interrupted(ElaraError):
-    """The user or the system asked to stop and the state is safe; commands end with exit code 130 instead of 1."""
+    """The user or the system asked to stop. `saved`: a checkpoint of this very step was written."""
+
+    def __init__(self, message: str, *, saved: bool = False) -> None:
+        super().__init__(message)
+        self.saved = saved
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_SAVED if self.saved else EXIT_INTERRUPTED

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from elara.errors import ElaraError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,13 @@ class Run:
         """The command line's overrides as Hydra saved them, a YAML list."""
         return self.path / ".hydra" / "overrides.yaml"
 
+    def read_overrides(self) -> list[str]:
+        """The command line's overrides; [] where Hydra saved none."""
+        try:
+            return [str(text) for text in yaml.safe_load(self.overrides.read_text("utf-8")) or []]
+        except (OSError, yaml.YAMLError):
+            return []
+
     @property
     def metrics(self) -> Path:
         """One row per logged step."""
@@ -55,6 +64,16 @@ class Run:
     def summary(self) -> Path:
         """Final metrics, versions, hardware; `finished` tells whether training reached its last step."""
         return self.path / "summary.json"
+
+    @property
+    def job(self) -> Path:
+        """How the process of a job of a sweep ended."""
+        return self.path / "job.json"
+
+    @property
+    def job_log(self) -> Path:
+        """What that process wrote."""
+        return self.path / "job.log"
 
     @property
     def last(self) -> Path:
@@ -93,6 +112,10 @@ def train_root() -> Path:
     return project_root() / "outputs" / "train"
 
 
+def sweep_root() -> Path:
+    return project_root() / "outputs" / "sweeps"
+
+
 def find_runs(name: str | None = None, root: Path | None = None) -> list[Run]:
     """Training runs, newest first: those called `name`, or all."""
     root = root or train_root()
@@ -101,15 +124,19 @@ def find_runs(name: str | None = None, root: Path | None = None) -> list[Run]:
     return sorted(runs, key=lambda run: (run.path.name, run.path.stat().st_mtime_ns), reverse=True)
 
 
-def newest_unfinished(name: str, root: Path | None = None) -> Run:
-    """The run that `resume=auto` continues; raises ElaraError when there is none. One that never began is none."""
+def newest_unfinished(name: str, root: Path | None = None) -> Run | None:
+    """The run that `resume=auto` continues: the newest one of that name that began and is not finished.
+
+    None while there is no run of that name, so that the command which a scheduler repeats is the same from the first
+    time on. Raises ElaraError when every one of them is finished.
+    """
     runs = [run for run in find_runs(name, root) if run.config.exists()]
     for run in runs:
         if not run.finished:
             return run
     if runs:
         raise ElaraError(f"nothing to resume: every run called '{name}' is finished (the newest is {runs[0].path})")
-    raise ElaraError(f"nothing to resume: there is no run called '{name}' under {root or train_root()}")
+    return None
 
 
 def find_checkpoint(where: str | Path | None = None) -> Path:

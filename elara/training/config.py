@@ -13,6 +13,13 @@ from elara.tokenizer.config import TokenizerConfig
 
 
 @dataclass
+class SweepConfig:
+    """What concerns a sweep as a whole (`-m`)."""
+
+    resume: str | None = None  # auto or a sweep folder: run the jobs of that sweep that are missing or failed
+
+
+@dataclass
 class TrainConfig:
     """Everything `python -m elara.train` can be told. Groups without a class of ours are plain Hydra targets."""
 
@@ -21,6 +28,7 @@ class TrainConfig:
     resume: str | None = None  # auto or a run folder: go on with that run in place
     init_from: str | None = None  # checkpoint, run folder or run name: start a new run from these weights
     compile: bool = False  # torch.compile of the blocks
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     trm: TRMConfig = field(default_factory=TRMConfig)
@@ -32,6 +40,7 @@ class TrainConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
+    profiler: dict[str, Any] = field(default_factory=dict)
 
 
 def register() -> None:

@@ -6,15 +6,16 @@ Runs before Hydra and imports neither torch nor Lightning.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
 from elara.errors import ElaraError
+from elara.launch import global_rank
+from elara.overrides import is_override, key_of, quoted, value_of
 from elara.runs import Run, newest_unfinished
 
 NOT_INHERITED = ("resume", "hydra.run.dir")
@@ -23,8 +24,8 @@ NOT_INHERITED = ("resume", "hydra.run.dir")
 def rewrite(arguments: list[str], config_path: str) -> list[str]:
     """Arguments that continue a run in its own folder; without `resume=` they are returned as they are.
 
-    The run's saved overrides come back, those given now win. Raises ElaraError when there is nothing to resume or the
-    run is finished and no larger trainer.max_steps is given.
+    The run's saved overrides come back, those given now win. `auto` begins a run when there is none of that name yet.
+    Raises ElaraError when the run is finished and no larger trainer.max_steps is given, or there is no such folder.
     """
     given = {key_of(text): text for text in arguments if is_override(text)}
     wanted = value_of(given["resume"]) if "resume" in given else ""
@@ -33,7 +34,12 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
     if {"-m", "--multirun"} & set(arguments):
         raise ElaraError("resume continues one run: it does not go with --multirun")
     if wanted == "auto":
-        run = newest_unfinished(_name([text for key, text in given.items() if key != "resume"], config_path))
+        found = newest_unfinished(_name([text for key, text in given.items() if key != "resume"], config_path))
+        if found is None:
+            if global_rank() == 0:
+                print("note: there is no run of this name to go on with: it begins now", file=sys.stderr)
+            return [text for text in arguments if key_of(text) != "resume"]
+        run = found
     else:
         run = Run(Path(wanted).expanduser().resolve())
     saved = _saved_overrides(run)
@@ -45,30 +51,6 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
     options = [text for text in arguments if not is_override(text)]
     place = quoted(str(run.path))
     return [*options, *merged, f"resume={place}", f"hydra.run.dir={place}"]
-
-
-def is_override(argument: str) -> bool:
-    """Whether a command line argument is a Hydra override rather than an option such as --cfg."""
-    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
-
-
-def key_of(override: str) -> str:
-    """What an override is about: `trainer.max_steps` of `+trainer.max_steps=3`."""
-    return override.lstrip("+~").partition("=")[0]
-
-
-def value_of(override: str) -> str:
-    """Its value as Hydra reads it, quotes undone, or as it stands where Hydra cannot; "" for null."""
-    try:
-        value = OverridesParser.create().parse_override(override).value()
-    except HydraException:  # a path with signs that the grammar wants quoted: what is meant is clear here
-        return override.partition("=")[2]
-    return "" if value is None else str(value)
-
-
-def quoted(value: str) -> str:
-    """A value that Hydra's grammar reads back unchanged."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _name(overrides: list[str], config_path: str) -> str:

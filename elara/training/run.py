@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -24,15 +23,17 @@ from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
 from elara.data.config import DataConfig
 from elara.data.module import ElaraData
+from elara.device import processes
 from elara.errors import ElaraError
+from elara.launch import global_rank
 from elara.model import ElaraLM
+from elara.overrides import quoted
 from elara.runs import Run, claim, find_checkpoint, project_root
 from elara.tokenizer import Tokenizer, TokenizerConfig
 from elara.training.callbacks import Checkpoint
 from elara.training.callbacks.samples import last_sample
 from elara.training.module import ElaraModule
 from elara.training.precision import resolve
-from elara.training.resume import quoted
 
 GROUPS = ("model", "moe", "trm", "tidar")
 
@@ -56,7 +57,7 @@ class Parts:
 def run(config: DictConfig) -> None:
     """Train as `config` (a TrainConfig) says, in Hydra's output folder, and tell the user what came out."""
     here = Run(Path(HydraConfig.get().runtime.output_dir))
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    first = global_rank() == 0
     lock = claim(here.path) if first else None
     hush()
     lightning.seed_everything(config.seed, verbose=False)
@@ -65,7 +66,7 @@ def run(config: DictConfig) -> None:
         parts = build(config, settings)
         start = begin(config, parts, here)
     except BaseException:
-        if first and not here.config.exists():
+        if first and not here.config.exists() and not here.job_log.exists():
             shutil.rmtree(here.path, ignore_errors=True)  # nothing was trained: leave no empty run behind
         raise
     if first:
@@ -155,17 +156,14 @@ def architecture(config: DictConfig, tokenizer: Tokenizer) -> ElaraConfig:
 
 def make_trainer(config: DictConfig, settings: Mapping[str, Any]) -> lightning.Trainer:
     """lightning.Trainer from the groups trainer, logger and callbacks."""
-    micro, accelerator = settings["trainer"]["accumulate_grad_batches"], settings["trainer"].get("accelerator")
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ElaraError(
-            f"trainer.accelerator={accelerator}, but torch finds no GPU here: take trainer=cpu, or trainer=ddp_cpu"
-        )
+    processes(settings["trainer"])  # raises when the devices are not there
+    micro = settings["trainer"]["accumulate_grad_batches"]
     trainer: lightning.Trainer = instantiate(
         config.trainer,
         precision=settings["trainer"]["precision"],
         val_check_interval=settings["trainer"]["val_check_interval"] * micro,  # Lightning counts micro-batches
         logger=[instantiate(logger) for logger in config.logger.values()],
-        callbacks=[instantiate(callback) for callback in config.callbacks.values()],
+        callbacks=[instantiate(callback) for callback in (*config.callbacks.values(), config.profiler) if callback],
         default_root_dir=HydraConfig.get().runtime.output_dir,
     )
     sharded = type(trainer.strategy).__name__ == "FSDPStrategy"

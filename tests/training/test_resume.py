@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from elara import checkpoint
+from elara.errors import EXIT_SAVED
+from elara.overrides import key_of
 from elara.runs import Run
-from elara.training.resume import key_of, rewrite
+from elara.training.resume import rewrite
 
 ACCUMULATE = "trainer.accumulate_grad_batches=2"
 
@@ -170,7 +172,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(home, whole: Path, number: sig
         time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == EXIT_SAVED
     run = Run(home.only_run(name))
     step = checkpoint.read_meta(run.last)["step"]
     last = errors.strip().splitlines()[-1]

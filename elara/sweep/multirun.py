@@ -1,0 +1,201 @@
+"""`python -m elara.train -m ...`: every job of a sweep in a process of its own, and one answer at the end.
+
+Hydra's launchers, whichever it is, run `run_job`, which trains nothing itself: it starts `elara.train` with the job's
+overrides. So a job that fails, or is killed, or takes several processes, leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from elara.cli import fail
+from elara.errors import ElaraError, Interrupted
+from elara.launch import child_environment, signal_name
+from elara.overrides import is_override, key_of, quoted, value_of, without
+from elara.runs import Run, sweep_root
+
+MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
+MOST_FAILED = 125  # exit codes above it mean something else to a shell
+NOT_THE_JOBS = ("launcher", "sweep", "hydra")  # what concerns the sweep, not the runs in it
+
+
+@dataclass
+class Plan:
+    """The jobs of a sweep: their overrides in Hydra's order, and the keys that differ between them."""
+
+    jobs: list[list[str]]
+    swept: list[str]
+
+    def label(self, number: int) -> str:
+        """What sets a job apart, as `moe=none trm=depth2`."""
+        return " ".join(text for text in self.jobs[number] if key_of(text) in self.swept) or "the only job"
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of a sweep folder; raises ElaraError when it is none."""
+    task, _ = _saved(folder)
+    parsed = OverridesParser.create().parse_overrides(task)
+    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    return Plan(jobs, [o.key_or_group for o in parsed if o.is_sweep_override()])
+
+
+def run_job() -> None:
+    """Train the job that Hydra has set up here, in a process of its own; say how it went, and never raise for it.
+
+    A finished job is left as it is, one with a checkpoint goes on from there.
+    """
+    hydra: Any = HydraConfig.get()
+    run, number, sweep = Run(Path(hydra.runtime.output_dir)), int(hydra.job.num), Path(hydra.sweep.dir)
+    plan = read_plan(sweep)
+    place = f"[{number + 1}/{len(plan.jobs)}] {plan.label(number)}"
+    if run.finished:
+        _say(f"{place}: finished already")
+        return
+    _say(f"{place}: {'goes on from its last checkpoint' if run.checkpoints() else 'started'} in {run.path}")
+    began = time.monotonic()
+    overrides = without(hydra.overrides.task, *NOT_THE_JOBS)
+    code = _train(run, [*_options(hydra), *overrides, f"hydra.run.dir={quoted(str(run.path))}"], f"[{number + 1}] ")
+    seconds = time.monotonic() - began
+    error = None if code == 0 else _error(run, code)
+    ended = {"exit_code": code, "error": error, "seconds": round(seconds, 1), "overrides": overrides}
+    run.job.write_text(json.dumps(ended, indent=2) + "\n", "utf-8")
+    _say(f"{place}: {_outcome(run) if error is None else f'failed: {error}'} ({seconds:.0f} s)")
+
+
+class Report(Callback):
+    """After the last job: the sweep's summary, and an exit code that says how many jobs failed."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            failed = _report(Path(config.hydra.sweep.dir))
+        except Exception as error:  # Hydra would make a warning of it
+            fail(error)
+        if failed:
+            raise SystemExit(min(failed, MOST_FAILED))
+
+
+def rewrite(arguments: list[str]) -> list[str]:
+    """Let `sweep.resume=<folder>|auto` take over the arguments of the sweep that goes on.
+
+    Jobs that are finished are not run again. Only launcher and hydra settings may be given anew: other overrides would
+    make other jobs. Raises ElaraError when there is no such sweep.
+    """
+    given = {key_of(text): text for text in arguments if is_override(text)}
+    wanted = value_of(given["sweep.resume"]) if "sweep.resume" in given else ""
+    if not wanted:
+        return arguments
+    folder = newest_sweep(_name(given)) if wanted == "auto" else Path(wanted).expanduser().resolve()
+    task, hydra = _saved(folder)
+    if foreign := [key for key in given if not f"{key}.".startswith(("sweep.", "launcher.", "hydra.", "name."))]:
+        raise ElaraError(f"sweep.resume goes on with the jobs that {folder} has: leave out {foreign[0]}=...")
+    kept = [text for text in [*task, *hydra] if key_of(text) not in {*given, "hydra.sweep.dir", "hydra.mode"}]
+    given = {key: text for key, text in given.items() if key not in ("sweep.resume", "hydra.sweep.dir", "name")}
+    options = [text for text in arguments if not is_override(text) and text not in ("-m", "--multirun")]
+    return ["-m", *options, *kept, *given.values(), f"hydra.sweep.dir={quoted(str(folder))}"]
+
+
+def newest_sweep(name: str, root: Path | None = None) -> Path:
+    """The newest sweep called `name` that has a job left to run; raises ElaraError when there is none."""
+    root = root or sweep_root()
+    for folder in sorted((root / name).glob(f"*/{MULTIRUN}"), reverse=True):
+        if any(not Run(folder.parent / str(i)).finished for i in range(len(read_plan(folder.parent).jobs))):
+            return folder.parent
+    raise ElaraError(f"nothing to resume: no sweep called '{name}' under {root} has a job left to run")
+
+
+def _report(folder: Path) -> int:
+    """Write and print the summary; returns the number of jobs that are not finished."""
+    from elara.report import print_summary, summarize  # matplotlib takes a second to import
+
+    summary = summarize(folder)
+    print_summary(summary)
+    jobs = read_plan(folder).jobs
+    failed = sum(not Run(folder / str(i)).finished for i in range(len(jobs)))
+    if failed:
+        _say(f"{failed} of {len(jobs)} jobs failed; run only those: python -m elara.train sweep.resume={folder}")
+    return failed
+
+
+def _train(run: Run, arguments: list[str], prefix: str) -> int:
+    """Run elara.train, its words into job.log and its progress to the terminal too; returns its exit code.
+
+    A signal is passed on to it and ends the sweep, raising Interrupted, once the job has saved.
+    """
+    asked: list[int] = []
+    command = [sys.executable, "-m", "elara.train", *arguments]
+    with open(run.job_log, "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+            env=child_environment(), start_new_session=True,
+        )  # fmt: skip
+
+        def pass_on(number: int, frame: Any) -> None:
+            asked.append(number)
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                if line.startswith("step "):
+                    _say(prefix + line.rstrip())
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if asked:
+        raise Interrupted(f"sweep interrupted; go on with: python -m elara.train sweep.resume={run.path.parent}")
+    return code
+
+
+def _error(run: Run, code: int) -> str:
+    """The one line that tells why a job failed."""
+    if code < 0:
+        return f"killed by {signal_name(code)}"
+    lines = [line for line in run.job_log.read_text("utf-8").splitlines() if line.strip()]
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (said or lines or [f"exit code {code}"])[-1]
+
+
+def _outcome(run: Run) -> str:
+    metrics = run.read_summary().get("metrics", {})
+    return f"done, held-out loss {metrics['val/loss_ar']:.3f}" if "val/loss_ar" in metrics else "done"
+
+
+def _options(hydra: Any) -> list[str]:
+    """The --config-dir of the command line, which the jobs need too."""
+    found = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    return [part for path in found for part in ("--config-dir", path)]
+
+
+def _saved(folder: Path) -> tuple[list[str], list[str]]:
+    """The overrides that a sweep was started with: those of the runs, and Hydra's own."""
+    try:
+        overrides = yaml.safe_load((folder / MULTIRUN).read_text("utf-8"))["hydra"]["overrides"]
+        return [str(text) for text in overrides["task"]], [str(text) for text in overrides["hydra"]]
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise ElaraError(f"{folder} is not a sweep folder: {MULTIRUN} cannot be read") from error
+
+
+def _name(given: dict[str, str]) -> str:
+    return value_of(given["name"]) if "name" in given else "elara"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
