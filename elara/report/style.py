@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-BLUE, ORANGE, GREEN, GREY = "#2f6fb0", "#d9722b", "#3a8f5c", "#8a8f98"
+BLUE, ORANGE, GREEN, GREY, DARK = "#2f6fb0", "#d9722b", "#3a8f5c", "#8a8f98", "#444444"
 PALETTE = (BLUE, ORANGE, GREEN, "#8456a8", "#b83b5e", "#4d9fa6")
 STYLE: dict[str, Any] = {
     "font.size": 10,
