@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from elara.decoding import SamplingConfig, complete
 from elara.runs import Run
+from elara.training.loggers import Monitor
 
 HEADER = "==== step {step} ===="
 HELD_OUT = 48  # tokens of the held-out text that stand in for a missing prompt
@@ -54,21 +54,16 @@ class Samples(Callback):
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         self._validations += 1
         last = module.step >= trainer.max_steps
-        if not trainer.is_global_zero or isinstance(trainer.strategy, FSDPStrategy):
+        if not trainer.is_global_zero or isinstance(module.model, FSDPModule):
             return
         if self._validations % self.every and not last:
             return
-        written = []
-        for prompt in [module.tokenizer.decode(self._first)] if self.prompts is None else self.prompts:
-            done = complete(module.model, module.tokenizer, prompt, self.sampling)
-            written.append(f"[{prompt}]{done.text}" if prompt else done.text)
-        write_samples(self.path, module.step, written)
+        prompts = [module.tokenizer.decode(self._first)] if self.prompts is None else self.prompts
+        samples = [(text, complete(module.model, module.tokenizer, text, self.sampling).text) for text in prompts]
+        write_samples(self.path, module.step, [f"[{prompt}]{text}" if prompt else text for prompt, text in samples])
         for logger in trainer.loggers:
-            text = "\n\n----\n\n".join(written)
-            if isinstance(logger, WandbLogger):
-                logger.log_text("samples", columns=["step", "text"], data=[[module.step, text]])
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", f"```\n{text}\n```", module.step)
+            if isinstance(logger, Monitor):
+                logger.log_samples(samples, module.step)
 
 
 def write_samples(path: Path, step: int, texts: list[str]) -> None:

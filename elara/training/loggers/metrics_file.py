@@ -1,18 +1,15 @@
-"""Where the figures go: a CSV file, TensorBoard, Weights & Biases."""
+"""metrics.csv: the figures of a run, from which its pictures are drawn."""
 
 from __future__ import annotations
 
 import csv
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-
-from elara.errors import ElaraError
 
 
 class CSV(Logger):
@@ -90,49 +87,3 @@ class CSV(Logger):
             writer.writerows(rows)
             self._offset = file.tell()
         os.replace(temporary, self.path)
-
-
-def tensorboard(folder: str) -> TensorBoardLogger:
-    """Event files in `folder`; look at them with `tensorboard --logdir`."""
-    try:
-        return TensorBoardLogger(save_dir=folder, name="", version="", default_hp_metric=False)
-    except ModuleNotFoundError as error:
-        raise ElaraError("logger=tensorboard needs the package tensorboard: pip install tensorboard") from error
-
-
-def wandb(folder: str, *, project: str, mode: str, name: str | None = None, entity: str | None = None) -> WandbLogger:
-    """Weights & Biases. A resumed run continues its own curve: its id lies in the run folder.
-
-    mode: online (needs a key), offline (no account, no network; `wandb sync` uploads later) or auto: online with a key,
-    else offline. Raises ElaraError when the package or the key is missing.
-    """
-    try:
-        import wandb as package  # heavy, an extra, and wanted only here
-    except ModuleNotFoundError as error:
-        raise ElaraError("logger=wandb needs the package wandb: pip install 'elara-hivemind[wandb]'") from error
-    if mode not in ("auto", "online", "offline"):
-        raise ElaraError(f"logger.wandb.mode={mode} must be auto, online or offline")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    first = getattr(rank_zero_only, "rank", 0) in (None, 0)  # other ranks log nothing
-    online = first and mode != "offline" and _log_in(package, must=mode == "online")
-    note = Path(folder) / "wandb_id"
-    identity = note.read_text("utf-8").strip() if note.exists() else uuid.uuid4().hex[:8]
-    if first:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(identity + "\n", "utf-8")
-    return WandbLogger(
-        name=name, save_dir=folder, project=project, entity=entity, id=identity, resume="allow", offline=not online
-    )
-
-
-def _log_in(package: Any, *, must: bool) -> bool:
-    """Whether there is a key and the server takes it; ElaraError instead of False when it `must` be so."""
-    try:
-        if package.login(prompt=False):
-            return True
-        reason = "there is no key: run `wandb login`"
-    except package.errors.Error as error:
-        reason = str(error).splitlines()[0]
-    if must:
-        raise ElaraError(f"logger.wandb.mode=online does not work, {reason}; or set logger.wandb.mode=offline")
-    return False
