@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -15,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from elara.errors import ElaraError
-from elara.report.outcome import Outcome, read_outcome
+from elara.report.outcome import Outcome, State, read_outcome
 from elara.runs import Run
 
 SEED = "seed"
@@ -108,13 +109,18 @@ class Comparison:
 
     @property
     def failed(self) -> list[Outcome]:
-        """Every job that did not come to its end, those that never began included."""
-        return [job for job in self.jobs if job.state != "finished"]
+        """Every job that should have come to its end and did not, those that never began included."""
+        return [job for job in self.jobs if job.state not in ("finished", "pruned")]
 
     @property
     def ranked(self) -> list[Outcome]:
         """Finished jobs by their held-out loss, best first; behind them the others."""
-        return sorted(self.jobs, key=lambda job: (job.state != "finished", job.best[1] if job.best else math.inf))
+        states = get_args(State)
+        return sorted(self.jobs, key=lambda job: (states.index(job.state), job.best[1] if job.best else math.inf))
+
+    def asked(self, group: Group) -> int:
+        """How many jobs a group would have if all were finished."""
+        return sum(self._values(job, self.group_keys) == group.values for job in self.jobs)
 
     @staticmethod
     def _values(job: Outcome, keys: list[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from elara.overrides import key_of
 from elara.report.metrics import Columns, points, read_metrics
 from elara.runs import Run
 
-State = Literal["finished", "failed", "unfinished", "missing"]
+State = Literal["finished", "pruned", "failed", "unfinished", "missing"]
 NO_SETTING = ("hydra", "resume", "sweep", "launcher")  # overrides that say where and how, not what, is trained
 
 
@@ -24,7 +24,8 @@ NO_SETTING = ("hydra", "resume", "sweep", "launcher")  # overrides that say wher
 class Outcome:
     """A run as its folder tells it. Figures are None where it has none.
 
-    unfinished: it still trains, or was ended without a word. missing: a job that was planned and never began.
+    pruned: a search gave it up. unfinished: it still trains, or was ended without a word. missing: a job that was
+    planned and never began.
     """
 
     run: Run
@@ -125,6 +126,8 @@ def _state(run: Run, job: dict[str, Any], summary: dict[str, Any]) -> State:
     code = job.get("exit_code")
     if summary.get("finished") or (code == 0 and not summary):  # callbacks=minimal writes no summary
         return "finished"
+    if job.get("pruned_at") is not None:
+        return "pruned"
     if code is not None:
         return "failed"
     return "unfinished" if run.config.exists() or run.metrics.exists() or run.job_log.exists() else "missing"

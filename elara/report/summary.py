@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from elara.report.comparison import Comparison, compare
 from elara.report.measures import MEASURES, measured, measured_of_groups, short_keys, tidy
-from elara.report.outcome import Outcome
+from elara.report.outcome import Outcome, State
 
 DEFAULT = "-"  # in a cell: this run left the key at its default
 
@@ -62,7 +63,7 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def markdown(comparison: Comparison, picture: str | None) -> str:
     """The summary as Markdown. picture: file name of the picture beside it."""
-    lines = [f"# {comparison.title}", "", _counts(comparison)]
+    lines = [f"# {comparison.title}", "", counts(comparison)]
     if comparison.common:
         lines += ["", f"The same in all: {', '.join(f'`{k}={v}`' for k, v in comparison.common.items())}."]
     if picture:
@@ -85,9 +86,10 @@ def end_of(job: Outcome) -> str:
     return f"failed: {job.error}" if job.state == "failed" else job.state
 
 
-def _counts(comparison: Comparison) -> str:
+def counts(comparison: Comparison) -> str:
+    """`8 jobs: 7 finished, 1 failed.`"""
     states = [job.state for job in comparison.jobs]
-    counted = [f"{states.count(s)} {s}" for s in ("finished", "failed", "unfinished", "missing") if s in states]
+    counted = [f"{states.count(state)} {state}" for state in get_args(State) if state in states]
     return f"{len(states)} {'job' if len(states) == 1 else 'jobs'}: {', '.join(counted)}."
 
 
@@ -105,7 +107,9 @@ def group_rows(comparison: Comparison) -> list[list[str]]:
     rows = [[*names.values(), "runs", *(measure.title for measure in measures)]]
     for group in comparison.groups:
         spreads = [measure.show_spread(group.spread(measure.value)) for measure in measures]
-        rows.append([*(tidy(value) or DEFAULT for value in group.values), str(len(group.jobs)), *spreads])
+        done, asked = len(group.jobs), comparison.asked(group)
+        runs = str(done) if done == asked else f"{done} of {asked}"
+        rows.append([*(tidy(value) or DEFAULT for value in group.values), runs, *spreads])
     return rows
 
 

@@ -256,8 +256,8 @@ def _cell(value: str) -> str:
 
 def _heading(comparison: Comparison) -> str:
     """The sweep's name, and what the picture leaves out."""
-    missing = len(comparison.failed)
-    note = f"   ({missing} of {len(comparison.jobs)} jobs not finished: not in the picture)" if missing else ""
+    left_out = len(comparison.jobs) - sum(len(group.jobs) for group in comparison.groups if group.loss)
+    note = f"   ({left_out} of {len(comparison.jobs)} jobs are not in the picture: not finished)" if left_out else ""
     return comparison.title + note
 
 
