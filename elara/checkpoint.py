@@ -1,8 +1,8 @@
 """Checkpoints: the one way to save a model and the one way to load it.
 
-A checkpoint is a folder: model.safetensors (float32), config.json, tokenizer/, meta.json, and, for resuming only, the
-trainer's state beside them. It is written under a temporary name and renamed, so that a folder with the right name is
-whole.
+A checkpoint is a folder: model.safetensors (float32), or shards/ where ranks that hold a part each wrote it,
+config.json, tokenizer/, meta.json, and, for resuming only, the trainer's state beside them. It is written under a
+temporary name and renamed, so that a folder with the right name is whole.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from elara import shards
 from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
 from elara.errors import ElaraError
@@ -30,7 +31,9 @@ from elara.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1  # of the folder's layout; raised when an older reader would misunderstand it
 WEIGHTS, CONFIG, META, TOKENIZER = "model.safetensors", "config.json", "meta.json", "tokenizer"
+SHARDS = "shards"  # stands in for model.safetensors
 TRAINER = "trainer.ckpt"  # optimizer, schedule, loop and random states; holds no weights
+OPTIMIZER = "optimizer"  # the optimizer's part of it, where that is sharded too
 
 # Settings of training that leave the function of the weights alone: a run may go on with others
 TRAINING_ONLY = frozenset(
@@ -62,18 +65,19 @@ def save(
     """Write a checkpoint folder atomically and return it; an older folder of that name is replaced.
 
     meta: plain values for meta.json. trainer_state: writes the trainer's state to the path it is given and returns the
-    weights to save in place of the model's own (which may be sharded). Raises ElaraError when the disk is full or the
-    folder cannot be written.
+    weights to save in place of the model's own; none when it has written shards/ beside that path. Raises ElaraError
+    when the disk is full or the folder cannot be written.
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}-{uuid.uuid4().hex[:8]}"
     try:
         temporary.mkdir(parents=True)
         state = trainer_state(temporary / TRAINER) if trainer_state is not None else model.state_dict()
-        save_file({name: _plain(value) for name, value in state.items()}, temporary / WEIGHTS)
+        if not (temporary / SHARDS).exists():
+            save_file({name: _plain(value) for name, value in state.items()}, temporary / WEIGHTS)
         (temporary / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", "utf-8")
         tokenizer.save(temporary / TOKENIZER)
-        files = {name: _checksum(temporary / name) for name in (WEIGHTS, TRAINER) if (temporary / name).exists()}
+        files = {name: _checksum(temporary / name) for name in _guarded(temporary)}
         about = {"format_version": FORMAT_VERSION, **meta, "tokenizer": tokenizer.fingerprint, "crc32": files}
         write_json(temporary / META, about)
         for file in (p for p in temporary.rglob("*") if p.is_file()):
@@ -113,7 +117,7 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", precision: str
         del state  # a mapped file stays in memory as long as any of its tensors lives
 
         def fill(name: str, part: nn.Module) -> None:
-            mapped = load_file(path / WEIGHTS) | biases
+            mapped = _read_tensors(path, lambda key: key.startswith(f"{name}.")) | biases
             mine = {key.removeprefix(f"{name}."): v for key, v in mapped.items() if key.startswith(f"{name}.")}
             part.load_state_dict({key: _apart(v.to(device)) for key, v in mine.items()}, assign=True)
 
@@ -131,7 +135,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise ElaraError(f"there is no checkpoint at {path}")
     for name in (META, CONFIG, WEIGHTS, TOKENIZER):
-        if not (path / name).exists():
+        if not (path / name).exists() and not (name == WEIGHTS and (path / SHARDS).is_dir()):
             raise ElaraError(f"{path} is not a whole checkpoint: {name} is missing")
     meta = _read_json(path / META)
     version = meta.get("format_version")
@@ -148,10 +152,21 @@ def read_config(path: Path) -> ElaraConfig:
 
 
 def read_weights(path: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict of a checkpoint folder; raises ElaraError when the file is truncated or altered."""
-    verify(path, meta, WEIGHTS)
+    """The state dict of a checkpoint folder; raises ElaraError when a file is truncated or altered."""
+    if (path / WEIGHTS).exists():
+        verify(path, meta, WEIGHTS)
+    for name in meta.get("crc32", {}):
+        if name.startswith(f"{SHARDS}/"):
+            verify(path, meta, name)
+    return _read_tensors(path)
+
+
+def _read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The weights whose names are `wanted`; from model.safetensors mapped, not read."""
+    if (path / SHARDS).is_dir():
+        return shards.read(path / SHARDS, wanted)
     try:
-        return load_file(path / WEIGHTS)
+        return {name: value for name, value in load_file(path / WEIGHTS).items() if wanted(name)}
     except (SafetensorError, OSError) as error:
         raise ElaraError(f"{path / WEIGHTS} is damaged: {error}") from error
 
@@ -229,6 +244,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ElaraError(f"{path} cannot be read: not a JSON object")
     return data
+
+
+def _guarded(folder: Path) -> list[str]:
+    """The large files of a checkpoint, as names in it: meta.json holds a checksum of each."""
+    files = [folder / WEIGHTS, folder / TRAINER, *(folder / SHARDS).glob("*"), *(folder / OPTIMIZER).glob("*")]
+    return [str(file.relative_to(folder)) for file in files if file.exists()]
 
 
 def _checksum(path: Path) -> int:

@@ -49,12 +49,13 @@ class Supervision:
 
 
 def draw_section(
-    tokens: Tensor, config: TiDARConfig, mask_id: int, generator: torch.Generator
+    tokens: Tensor, config: TiDARConfig, mask_id: int, generator: torch.Generator, place: tuple[int, int] = (0, 1)
 ) -> tuple[MaskSection, Supervision]:
     """Choose this step's blocks and hide their tokens.
 
     tokens: (batch, seq) ids, seq > block_length. The grid of blocks gets a random offset (starts >= 1, so that every
-    block has an anchor before it), and `block_fraction` of its blocks are kept. `generator` lives on the CPU.
+    block has an anchor before it), and `block_fraction` of its blocks are kept. `generator` lives on the CPU. place:
+    (rank, ranks), equally many rows each; with equal generators the ranks together draw what one would for all rows.
 
     With schedule `linear` or `cosine` every block draws a time t and hides each token with probability m(t); hidden
     tokens are weighted with m'(t) / m(t), which makes the mean an upper bound of the negative log-likelihood
@@ -72,8 +73,10 @@ def draw_section(
     if config.schedule == "full":
         section.tokens = torch.full_like(targets, mask_id)
         return section, Supervision(targets, None)
-    hidden, weights = _random_mask(batch, len(starts), config, generator)
-    hidden, weights = hidden.to(tokens.device), weights.to(tokens.device)
+    rank, ranks = place
+    hidden, weights = _random_mask(batch * ranks, len(starts), config, generator)
+    mine = slice(rank * batch, (rank + 1) * batch)
+    hidden, weights = hidden[mine].to(tokens.device), weights[mine].to(tokens.device)
     section.tokens = torch.where(hidden, mask_id, targets)
     return section, Supervision(targets, weights)
 

@@ -93,11 +93,13 @@ def elara_loss(
     *,
     depth: int | None = None,
     pad_id: int = -1,
+    place: tuple[int, int] = (0, 1),
 ) -> Losses:
     """The loss of one batch.
 
     tokens: (batch, seq + 1) ids; the first seq are read, the last seq predicted; `pad_id` marks padding, which is read
-    as token 0 and never a target. generator: on the CPU, draws the supervised blocks and hidden tokens.
+    as token 0 and never a target. generator: on the CPU, draws the supervised blocks and hidden tokens. place: (rank,
+    ranks) where `tokens` are one rank's rows of a global batch.
     """
     config = model.config.tidar
     pad = tokens == pad_id
@@ -105,7 +107,7 @@ def elara_loss(
     inputs = tokens.masked_fill(pad, 0)[:, :-1]
     section = supervision = None
     if config.block_length:
-        section, supervision = draw_section(inputs, config, mask_id, generator)
+        section, supervision = draw_section(inputs, config, mask_id, generator, place)
     output = model(inputs, section=section, depth=depth)
     ar = cross_entropy(output.hidden.flatten(0, 1), model.embed.weight, ar_targets.flatten())
     total, diffusion = ar + output.routing.penalty, None

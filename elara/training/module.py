@@ -10,6 +10,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from elara.errors import ElaraError
@@ -19,13 +20,15 @@ from elara.training.balance import LoadBalancer, add_loads
 from elara.training.losses import Losses, elara_loss
 from elara.training.metrics import Means, loss_figures
 from elara.training.schedules import Factor
+from elara.training.sharding import FSDP
 
 
 class ElaraModule(lightning.LightningModule):
     """Losses, optimizer step and balance of one model.
 
-    Every random choice of a step is a pure function of (seed, step, micro-batch, rank). Figures stay on the device
-    as tensors; the callbacks read them every `log_every_n_steps`.
+    Every random choice of a step, but dropout's, is a pure function of (seed, step, micro-batch) and the row of the
+    global batch: two ranks compute what one with twice the batch would. Figures stay on the device as tensors; the
+    callbacks read them every `log_every_n_steps`.
 
     optimizer: builds the optimizer from the model. schedule: gives the factor on its rate as a function of the step.
     """
@@ -81,11 +84,23 @@ class ElaraModule(lightning.LightningModule):
         due = self.trainer.should_stop or (isinstance(every, int) and (batch_idx + 1) % every == 0)
         return self.trainer.enable_validation and due
 
+    def configure_model(self) -> None:
+        """Shard the model where the strategy does so (`elara.training.sharding`)."""
+        if isinstance(self.trainer.strategy, FSDP):
+            self.trainer.strategy.shard(self.model)
+
+    def on_train_start(self) -> None:
+        """Let dropout differ between ranks; `ExactResume` brings back what it was."""
+        if self.global_rank:
+            torch.manual_seed(_mix(self.seed, "rank", self.global_rank))
+
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """tokens: (batch, seq + 1) ids with -1 for padding. Returns the loss of this micro-batch."""
         torch.set_autocast_cache_enabled(True)  # Lightning has it off; recursion would cast each weight once per pass
-        generator = self._seeded("train", batch_idx, self.global_rank)
-        losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, depth=self._depth())
+        generator, place = self._seeded("train", batch_idx), (self.global_rank, self.trainer.world_size)
+        losses = elara_loss(
+            self.model, tokens, generator, self.tokenizer.mask_id, depth=self._depth(), place=place
+        )
         self.balancer.add(losses.routing)
         self.train_means.update(self._parts(losses))
         return losses.total
@@ -106,9 +121,8 @@ class ElaraModule(lightning.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         limit = float(gradient_clip_val) if gradient_clip_val else float("inf")
-        sharded = getattr(self.trainer.strategy.model, "clip_grad_norm_", None)  # FSDP knows its own shards
-        norm = sharded(limit) if sharded else torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.grad_means.update([norm])
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.grad_means.update([norm.full_tensor() if isinstance(norm, DTensor) else norm])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step, then the move of the selection biases."""
@@ -120,8 +134,8 @@ class ElaraModule(lightning.LightningModule):
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
         """Losses with the same mask sections at every validation."""
-        generator = self._seeded("val", batch_idx, self.global_rank)
-        losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id)
+        generator, place = self._seeded("val", batch_idx), (self.global_rank, self.trainer.world_size)
+        losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, place=place)
         self.val_means.update(self._parts(losses), (tokens[:, 1:] >= 0).sum())
 
     def on_validation_epoch_end(self) -> None:
@@ -165,8 +179,9 @@ class ElaraModule(lightning.LightningModule):
         low, high = bounds
         return low + _mix(self.seed, "depth", self.trainer.global_step) % (high - low + 1)
 
-    def _seeded(self, purpose: str, *place: int) -> torch.Generator:
-        return self._generator.manual_seed(_mix(self.seed if purpose == "train" else 0, purpose, *place))
+    def _seeded(self, purpose: str, batch_idx: int) -> torch.Generator:
+        # the last 0 was the rank, when ranks drew sections of their own: runs from then go on as they began
+        return self._generator.manual_seed(_mix(self.seed if purpose == "train" else 0, purpose, batch_idx, 0))
 
 
 def _mix(*parts: int | str) -> int:

@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -34,6 +35,7 @@ from elara.training.callbacks import Checkpoint
 from elara.training.callbacks.samples import last_sample
 from elara.training.module import ElaraModule
 from elara.training.precision import resolve
+from elara.training.sharding import FSDP
 
 GROUPS = ("model", "moe", "trm", "tidar")
 
@@ -41,6 +43,7 @@ GROUPS = ("model", "moe", "trm", "tidar")
 HUSHED = (
     r".*does not have many workers.*",  # data.workers=0 is the fast choice for small batches
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r"FSDP2-wrapped module .* returned a view tensor.*",  # nothing is done in place with what a block returns
     r".*when logging on epoch level in distributed setting.*",  # what is logged is the same on every rank
 )
 
@@ -113,7 +116,8 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
     trainer = make_trainer(config, settings)
     data = ElaraData(data_config, token_config, project_root() / "data", seed=config.seed, seq=context)
     prepared = data.prepared
-    model = ElaraLM(architecture(config, prepared.tokenizer))
+    with torch.device("meta") if elsewhere(trainer) else nullcontext():
+        model = ElaraLM(architecture(config, prepared.tokenizer))
     if config.compile:
         for block in model.blocks:
             block.compile()
@@ -127,6 +131,11 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
         chars_per_token=val["characters"] / val["tokens"],
     )
     return Parts(trainer, module, data)
+
+
+def elsewhere(trainer: lightning.Trainer) -> bool:
+    """Whether another rank holds the weights until they are sharded."""
+    return isinstance(trainer.strategy, FSDP) and global_rank() > 0
 
 
 def factory(config: DictConfig, group: str) -> Any:
@@ -166,8 +175,7 @@ def make_trainer(config: DictConfig, settings: Mapping[str, Any]) -> lightning.T
         callbacks=[instantiate(callback) for callback in (*config.callbacks.values(), config.profiler) if callback],
         default_root_dir=HydraConfig.get().runtime.output_dir,
     )
-    sharded = type(trainer.strategy).__name__ == "FSDPStrategy"
-    if sharded and str(config.optimizer.get("_target_")).endswith(".muon"):
+    if isinstance(trainer.strategy, FSDP) and str(config.optimizer.get("_target_")).endswith(".muon"):
         raise ElaraError("optimizer=muon needs whole matrices, which trainer=fsdp shards: take optimizer=adamw")
     return trainer
 
@@ -187,7 +195,7 @@ def begin(config: DictConfig, parts: Parts, here: Run) -> Start:
         return restore(parts, found)
     if config.init_from:
         path = find_checkpoint(config.init_from).resolve()
-        load_weights(path, parts.module)
+        load_weights(path, parts)
         saver_of(parts.trainer, parent=str(path))
     return Start()
 
@@ -199,7 +207,7 @@ def restore(parts: Parts, found: list[Path]) -> Start:
         try:
             checkpoint.same_architecture(path, checkpoint.read_config(path), parts.module.model.config)
             checkpoint.verify(path, checkpoint.read_meta(path), checkpoint.TRAINER)
-            meta = load_weights(path, parts.module)
+            meta = load_weights(path, parts)
         except ElaraError as error:
             errors.append(error)
             continue
@@ -213,9 +221,11 @@ def restore(parts: Parts, found: list[Path]) -> Start:
     raise errors[0]
 
 
-def load_weights(path: Path, module: ElaraModule) -> dict[str, Any]:
+def load_weights(path: Path, parts: Parts) -> dict[str, Any]:
     """Copy a checkpoint's weights into the module's model; returns its meta. Raises ElaraError when they do not fit."""
-    meta = checkpoint.read_meta(path)
+    meta, module = checkpoint.read_meta(path), parts.module
+    if elsewhere(parts.trainer):
+        return meta
     tokenizers.check_fingerprint(module.tokenizer.fingerprint, meta["tokenizer"], "the data's tokenizer")
     state: dict[str, Tensor] = checkpoint.read_weights(path, meta)
     checkpoint.fit(path, state, module.model)

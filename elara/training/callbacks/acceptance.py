@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lightning import Callback, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from elara.decoding import SamplingConfig, measure_acceptance, writable
 
@@ -39,7 +39,7 @@ class Acceptance(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         model = module.model
-        if model.config.tidar.block_length < 2 or self._batch is None or isinstance(trainer.strategy, FSDPStrategy):
+        if model.config.tidar.block_length < 2 or self._batch is None or isinstance(module.model, FSDPModule):
             return
         rows = [[token for token in row if token >= 0] for row in self._batch.tolist()]
         found = measure_acceptance(
