@@ -44,6 +44,11 @@ def global_rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
 
 
+def local_ranks() -> int | None:
+    """How many ranks torchrun started on this machine, which then decides `trainer.devices`; None without torchrun."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
+
+
 def nodes() -> int:
     """Machines that torchrun or srun started ranks on."""
     if "LOCAL_WORLD_SIZE" in os.environ:
@@ -54,8 +59,7 @@ def nodes() -> int:
 def stamp() -> str:
     """The name of a run's folder: the time of its start, on every rank the same.
 
-    torchrun's ranks hear it from the first one, through torchrun's own store; those of a SLURM job take the job's
-    number, so that a job that SLURM requeues finds its folder again.
+    torchrun's ranks hear it from the first one, through torchrun's own store; those of a SLURM job step take its number.
     """
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -65,7 +69,9 @@ def stamp() -> str:
         if global_rank() == 0:
             store.set("elara/stamp", now)
         return str(store.get("elara/stamp").decode())
-    return f"slurm-{os.environ['SLURM_JOB_ID']}" if is_rank() and "SLURM_JOB_ID" in os.environ else now
+    if is_rank() and "SLURM_JOB_ID" in os.environ:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', '0')}"
+    return now
 
 
 def child_environment(**more: str) -> dict[str, str]:

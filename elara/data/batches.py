@@ -95,7 +95,7 @@ class ValidationBatches(Dataset[Tensor]):
 
     Args:
         limit: at most so many batches, of windows spread evenly over the text; None = all windows.
-        rank, world: ranks take windows in turn; all have equally many batches (up to world - 1 windows are dropped).
+        rank, world: ranks take windows in turn; all have equally many, at the end perhaps one of padding alone.
     """
 
     def __init__(
@@ -105,10 +105,11 @@ class ValidationBatches(Dataset[Tensor]):
         starts, lengths = document_windows(tokens.ends, seq)
         count = len(starts) if limit is None else min(len(starts), limit * batch_size * world)
         chosen = np.arange(count, dtype=np.int64) * len(starts) // max(count, 1)
-        mine = chosen[: len(chosen) - len(chosen) % world][rank::world]
-        if not len(mine):
-            raise ElaraError(f"the validation text has {len(tokens)} tokens, too few for {world} ranks: give more text")
-        self._starts, self._lengths = starts[mine], lengths[mine]
+        if not count:
+            raise ElaraError(f"the validation text has {len(tokens)} tokens, too few for a window: give more text")
+        missing = -count % world
+        self._starts = np.append(starts[chosen], np.zeros(missing, np.int64))[rank::world]
+        self._lengths = np.append(lengths[chosen], np.zeros(missing, np.int64))[rank::world]
 
     def __len__(self) -> int:
         return (len(self._starts) + self.batch_size - 1) // self.batch_size

@@ -26,13 +26,14 @@ from elara.data.config import DataConfig
 from elara.data.module import ElaraData
 from elara.device import processes
 from elara.errors import ElaraError
-from elara.launch import global_rank
+from elara.launch import global_rank, local_ranks, nodes
 from elara.model import ElaraLM
 from elara.overrides import quoted
 from elara.runs import Run, claim, find_checkpoint, project_root
 from elara.tokenizer import Tokenizer, TokenizerConfig
 from elara.training.callbacks import Checkpoint
 from elara.training.callbacks.samples import last_sample
+from elara.training.distributed import environment
 from elara.training.module import ElaraModule
 from elara.training.precision import resolve
 from elara.training.sharding import FSDP
@@ -100,7 +101,11 @@ def resolved(config: DictConfig) -> dict[str, Any]:
         raise ElaraError(f"name={settings['name']} names a folder: use letters, digits, '.', '-' and '_' only")
     trainer = settings["trainer"]
     trainer["precision"] = resolve(trainer.get("precision", "auto"), str(trainer.get("accelerator", "auto")))
-    for key in ("max_steps", "val_check_interval", "accumulate_grad_batches"):
+    if trainer.get("num_nodes", "auto") == "auto":
+        trainer["num_nodes"] = nodes()
+    if (count := local_ranks()) is not None:
+        trainer["devices"] = count
+    for key in ("max_steps", "val_check_interval", "accumulate_grad_batches", "num_nodes"):
         if not isinstance(trainer.get(key), int) or trainer[key] < 1:
             raise ElaraError(f"trainer.{key}={trainer.get(key)} must be a whole number of at least 1")
     return settings
@@ -173,6 +178,9 @@ def make_trainer(config: DictConfig, settings: Mapping[str, Any]) -> lightning.T
         val_check_interval=settings["trainer"]["val_check_interval"] * micro,  # Lightning counts micro-batches
         logger=[instantiate(logger) for logger in config.logger.values()],
         callbacks=[instantiate(callback) for callback in (*config.callbacks.values(), config.profiler) if callback],
+        plugins=environment(),
+        num_nodes=settings["trainer"]["num_nodes"],
+        devices=settings["trainer"].get("devices", "auto"),
         default_root_dir=HydraConfig.get().runtime.output_dir,
     )
     if isinstance(trainer.strategy, FSDP) and str(config.optimizer.get("_target_")).endswith(".muon"):
@@ -191,7 +199,9 @@ class Start:
 
 def begin(config: DictConfig, parts: Parts, here: Run) -> Start:
     """Put the weights of `resume` or `init_from` into the model and say where training goes on."""
-    if config.resume and (found := here.checkpoints()):
+    if found := here.checkpoints():
+        if not config.resume:
+            raise ElaraError(f"{here.path} holds a run already: go on with resume={here.path}, or take another folder")
         return restore(parts, found)
     if config.init_from:
         path = find_checkpoint(config.init_from).resolve()

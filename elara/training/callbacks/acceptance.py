@@ -12,7 +12,7 @@ from elara.decoding import SamplingConfig, measure_acceptance, writable
 
 
 class Acceptance(Callback):
-    """After every validation a few held-out prompts are continued by TiDAR, in one batch.
+    """After every validation a few held-out prompts are continued by TiDAR, in one batch on rank 0.
 
     Records val/tokens_per_forward and val/accept/2 ... (share of the drafts whose first 2, 3, ... tokens all stood; the
     first always does). Models without a diffusion head and sharded ones are passed over.
@@ -39,6 +39,8 @@ class Acceptance(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         model = module.model
+        if not trainer.is_global_zero:
+            return
         if model.config.tidar.block_length < 2 or self._batch is None or isinstance(module.model, FSDPModule):
             return
         rows = [[token for token in row if token >= 0] for row in self._batch.tolist()]
