@@ -33,7 +33,7 @@ from elara.training.smoke import smoke_check
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 SCHEMAS = {"model": ModelConfig, "moe": MoEConfig, "trm": TRMConfig, "tidar": TiDARConfig}
-OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
+OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name != "search")
 NEEDS_GPU = {"gpu", "ddp", "fsdp"}
 
 
@@ -87,7 +87,8 @@ def test_sizes_bring_data_and_tokenizer_and_the_command_line_has_the_last_word()
 
 
 @pytest.mark.parametrize(
-    "module", ["elara.train", "elara.sample", "elara.verify", "elara.data", "elara.bench", "elara.evaluate"]
+    "module",
+    ["elara.train", "elara.sample", "elara.verify", "elara.data", "elara.bench", "elara.evaluate", "elara.sweep"],
 )
 def test_every_entry_point_prints_its_configuration_and_writes_nothing(module: str, tmp_path: Path) -> None:
     done = run(module, "--cfg", "job", cwd=tmp_path)

@@ -1,0 +1,76 @@
+"""Whether `elara.train` takes what a search would give it: found out before the first trial, without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from elara.errors import ElaraError
+from elara.overrides import key_of
+from elara.sweep.overrides import merged
+from elara.sweep.space import Parameter
+
+RESERVED = ("hydra", "resume", "sweep")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of a trial, the longest where they are searched; None where the configuration does not say."""
+
+    last: int | None
+    validation: int | None  # steps from one validation to the next
+
+    @property
+    def looks(self) -> int | None:
+        """How often a trial can be judged before it ends."""
+        return None if self.last is None or self.validation is None else (self.last - 1) // self.validation
+
+
+def compose(fixed: Sequence[str], space: Sequence[Parameter]) -> Steps:
+    """Compose the configuration of trials at the corners of the space; raises ElaraError where one cannot be.
+
+    Two corners, the lowest and the highest values, and each further option of a group.
+    """
+    searched = {parameter.key for parameter in space}
+    for override in fixed:
+        key = key_of(override)
+        if key.partition(".")[0] in RESERVED:
+            raise ElaraError(f"{override} is not for the trials of a search: leave it out of the overrides")
+        if key in searched:
+            raise ElaraError(f"{override} is fixed, but {key} is searched: leave it out, or give ~space.{key}")
+    low, high = ({p.key: p.ends()[end] for p in space} for end in (0, 1))
+    corners = [low, high]
+    for parameter in space:
+        if parameter.kind == "choice" and "." not in parameter.key:
+            corners += [low | {parameter.key: choice} for choice in parameter.choices[1:-1]]
+    configs = [_compose(merged(fixed, (f"{key}={text}" for key, text in corner.items()))) for corner in corners]
+    for config in configs:
+        if not any(str(part.get("_target_", "")).endswith((".CSV", ".csv")) for part in _parts(config, "logger")):
+            raise ElaraError("a search reads metrics.csv, which the trials' logger does not write: take logger=csv")
+        if not any(str(part.get("_target_", "")).endswith(".Metrics") for part in _parts(config, "callbacks")):
+            raise ElaraError("a search needs the callback `metrics` in its trials: take callbacks=search")
+    return Steps(_largest(configs, "max_steps"), _largest(configs, "val_check_interval"))
+
+
+def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "elara.train", *overrides, "--cfg", "job"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        line = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
+        raise ElaraError(f"elara.train does not take what the search would give it: {line}")
+    config: dict[str, Any] = yaml.safe_load(done.stdout)
+    return config
+
+
+def _parts(config: dict[str, Any], group: str) -> list[dict[str, Any]]:
+    return [part for part in (config.get(group) or {}).values() if isinstance(part, dict)]
+
+
+def _largest(configs: Sequence[dict[str, Any]], key: str) -> int | None:
+    values = [config["trainer"].get(key) for config in configs]
+    return max(values) if all(isinstance(value, int) for value in values) else None

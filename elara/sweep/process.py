@@ -1,0 +1,115 @@
+"""One trial: `python -m elara.train` in a process group of its own, its job.log, and job.json when it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elara.launch import child_environment, signal_name
+from elara.overrides import quoted
+from elara.runs import Run
+
+GRACE = 10.0  # seconds between asking a trial to end and ending it
+
+
+@dataclass
+class TrialProcess:
+    """A running `elara.train`, which ends by itself when this process dies."""
+
+    run: Run
+    overrides: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    _deadline: float = float("inf")
+
+    def __post_init__(self) -> None:
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        place = f"hydra.run.dir={quoted(str(self.run.path))}"
+        self._begin = time.monotonic()
+        with open(self.run.job_log, "wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "elara.train", *self.overrides, place],
+                env=child_environment(**self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the search only, which then ends its trials
+            )
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begin
+
+    @property
+    def asked(self) -> bool:
+        """Whether `stop` was called."""
+        return self._deadline < float("inf")
+
+    def poll(self) -> int | None:
+        """The exit code once the process has ended, negative for a signal; one asked to end may end by force here."""
+        if self._process.poll() is None and time.monotonic() >= self._deadline:
+            self._kill_group()
+            self._process.wait()
+        if self._process.returncode is not None:
+            self._kill_group()  # what it may have left behind, such as data workers
+        return self._process.returncode
+
+    def stop(self, grace: float = GRACE) -> None:
+        """Ask the trial to end; `poll` kills its group when `grace` seconds have not been enough."""
+        if not self.asked and self._process.poll() is None:
+            self._process.terminate()
+        self._deadline = min(self._deadline, time.monotonic() + grace)
+
+    def record(self, error: str | None, **more: Any) -> None:
+        """Write job.json: how it ended, with `more` entries."""
+        job = {
+            "exit_code": self._process.returncode,
+            "error": error,
+            "seconds": round(self.seconds, 1),
+            "overrides": list(self.overrides),
+            **more,
+        }
+        self.run.job.write_text(json.dumps(job, indent=2) + "\n", "utf-8")
+
+    def error(self) -> str:
+        """The line that says why the process failed: its own, or the signal that ended it."""
+        code = self._process.returncode
+        try:
+            lines = self.run.job_log.read_text("utf-8", errors="replace").splitlines()
+        except OSError:
+            lines = []
+        for line in reversed(lines):
+            if line.startswith("error: "):
+                return line.removeprefix("error: ")
+        if code is not None and code < 0:
+            return f"killed by {signal_name(code)}"
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return last or f"ended with exit code {code} and no word"
+
+    def _kill_group(self) -> None:
+        if sys.platform == "win32":
+            self._process.kill()
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def started(pid: int) -> str | None:
+    """When the process began, as a text that no other process of this machine ever has; None when there is none."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        fields = Path(f"/proc/{pid}/stat").read_text("ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+        done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+    return None if fields[0] == "Z" else f"{boot}:{fields[19]}"
