@@ -1,23 +1,49 @@
-"""metrics.csv after crashes and resumes, TensorBoard's and wandb's real packages without a network."""
+"""metrics.csv after crashes and resumes; TensorBoard's and wandb's real packages, their files read back."""
 
 from __future__ import annotations
 
 import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elara.errors import ElaraError
+from elara.errors import EXIT_SAVED, ElaraError
+from elara.overrides import key_of
 from elara.runs import Run
 from elara.training import loggers
-from elara.training.loggers import CSV
+from elara.training.loggers import CSV, naming
+from tests.training.conftest import ROOT, TIMED, Home
+from tests.training.wandb_log import by_step, read_logs
+
+BOTH = (
+    "logger=wandb",
+    "logger.wandb.mode=offline",
+    "+logger.board={_target_:elara.training.loggers.tensorboard,folder:'${hydra:runtime.output_dir}/tensorboard'}",
+    "~callbacks.plots",
+)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def figures_of(run: Path) -> dict[int, dict[str, float]]:
+    """metrics.csv by step."""
+    rows = [{k: float(v) for k, v in row.items() if v != ""} for row in rows_of(run / "metrics.csv")]
+    return {int(row.pop("step")): row for row in rows}
 
 
 def test_figures_of_one_step_share_a_row_and_late_columns_are_empty_before(tmp_path: Path) -> None:
@@ -62,34 +88,266 @@ def test_a_resumed_file_reads_like_an_uninterrupted_one(
     assert (folder / "killed.csv").read_text("utf-8") == (folder / "whole.csv").read_text("utf-8")
 
 
-def test_tensorboard_writes_event_files(home) -> None:
+def test_with_the_csv_alone_neither_wandb_nor_tensorboard_is_imported(home: Home) -> None:
+    script = (
+        "import sys\nfrom elara.train import main\nmain()\n"
+        "print('imported:', {name.partition('.')[0] for name in sys.modules} & {'wandb', 'tensorboard'})"
+    )
+    command = [sys.executable, "-c", script, *home.tiny("name=alone", "trainer.max_steps=1")]
+    done = subprocess.run(command, cwd=home.path, env=home.env(), capture_output=True, text=True, check=False)
+    assert "imported: set()" in done.stdout, done.stdout + done.stderr
+
+
+# How runs are called
+
+
+def run_folder(path: Path, *overrides: str) -> Path:
+    (path / ".hydra").mkdir(parents=True)
+    (path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)), "utf-8")
+    return path
+
+
+def sweep_folder(path: Path, *overrides: str) -> Path:
+    path.mkdir(parents=True)
+    (path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": {"overrides": {"task": [*overrides]}}}), "utf-8")
+    return path
+
+
+def test_a_run_of_its_own_is_named_by_its_overrides_but_those_about_places_and_logging(tmp_path: Path) -> None:
+    folder = run_folder(
+        tmp_path / "elara" / "2026-01-01",
+        *("name=bees", "moe=none", "optimizer.lr=0.010000", "+optimizer.eps=1e-8", "seed=3", "data.path=bees.txt"),
+        *("trainer=ddp", "trainer.max_steps=9", "logger=wandb", "logger.wandb.mode=offline", "~callbacks.plots"),
+        *("hydra.run.dir='/tmp/x'", "resume=auto", "init_from=/somewhere/else"),
+    )
+    overrides = naming.telling(folder)
+    assert naming.shown_name("bees", overrides) == "bees moe=none lr=0.01 eps=1e-08 seed=3"
+    assert naming.tags(overrides) == ["moe=none", "optimizer.lr=0.01", "optimizer.eps=1e-08", "seed=3"]
+    assert (naming.kind(folder), naming.group(folder)) == ("train", None)
+
+
+def test_a_job_of_a_sweep_is_named_by_what_differs_and_grouped_with_the_others(tmp_path: Path) -> None:
+    whole = sweep_folder(tmp_path / "toggles" / "t0", "moe=none,deepseek", "trainer.max_steps=choice(5,6)", "seed=1")
+    folder = run_folder(whole / "1", "moe=deepseek", "trainer.max_steps=6", "seed=1")
+    overrides = naming.telling(folder)
+    assert naming.shown_name("toggles", overrides) == "toggles moe=deepseek max_steps=6"
+    assert (naming.kind(folder), naming.group(folder)) == ("sweep", "toggles/t0")
+
+
+def test_a_trial_of_a_search_is_grouped_by_its_study(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "searches" / "rates" / "7", "optimizer.lr=0.0123456", "name=rates")
+    (folder.parent / "journal.log").touch()
+    assert naming.shown_name("rates", naming.telling(folder)) == "rates lr=0.01235"
+    assert (naming.kind(folder), naming.group(folder)) == ("search", "rates")
+
+
+def test_keys_that_end_alike_are_written_out() -> None:
+    assert naming.shown_name("x", ["a.size=1", "b.size=2", "c.depth=3"]) == "x a.size=1 b.size=2 depth=3"
+
+
+@given(
+    overrides=st.lists(st.tuples(st.from_regex(r"[a-z]{1,30}(\.[a-z]{1,30}){0,3}", fullmatch=True), st.text("ab1 ,/")))
+)
+@settings(max_examples=25, deadline=None)
+def test_names_and_tags_keep_to_the_limits_of_wandb(overrides: list[tuple[str, str]]) -> None:
+    texts = [f"{key}='{value}'" for key, value in overrides]
+    assert len(naming.shown_name("elara", texts)) <= 128
+    assert all(1 <= len(tag) <= 64 for tag in naming.tags(texts))
+    assert all(tag.startswith(key_of(text)[:63]) for tag, text in zip(naming.tags(texts), texts, strict=True))
+
+
+# One run with both monitors
+
+
+def on_its_own(patch: pytest.MonkeyPatch, user: Path) -> None:
+    """Processes started from now on share nothing with this one's wandb or with the developer's."""
+    pytest.importorskip("wandb")
     pytest.importorskip("tensorboard")
-    done = home.call(*home.tiny("name=board", "logger=tensorboard", "trainer.max_steps=2"))
-    assert done.returncode == 0, done.stderr
-    run = Run(home.only_run("board"))
-    assert list((run.path / "tensorboard").rglob("events.out.tfevents.*"))
-    assert run.metrics.exists()
+    patch.setenv("HOME", str(user))
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        patch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def logged(session_home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """A tiny run that logs to TensorBoard and, offline, to wandb."""
+    with pytest.MonkeyPatch.context() as patch:
+        on_its_own(patch, tmp_path_factory.mktemp("user"))
+        options = [*BOTH, "logger.wandb.checkpoints=best", "logger.wandb.tags=[quick]", "optimizer.lr=0.01"]
+        done = session_home.run(*session_home.tiny("name=both", *options))
+        assert done.returncode == 0, done.stderr
+        run = session_home.only_run("both")
+        (log,) = read_logs(run)
+        yield SimpleNamespace(run=run, log=log, stdout=done.stdout, figures=figures_of(run))
+
+
+def test_wandb_knows_name_tags_and_settings_by_key(logged: SimpleNamespace) -> None:
+    log = logged.log
+    assert log.run.run_id == (logged.run / "wandb_id").read_text("utf-8").strip()
+    assert log.run.display_name.startswith("both data=text n_layer=2 n_embd=32")
+    assert {"model.n_layer=2", "optimizer.lr=0.01", "quick"} <= set(log.run.tags)
+    assert not any("path" in tag or "logger" in tag or "trainer" in tag for tag in log.run.tags)
+    assert (log.run.project, log.run.job_type, log.run.run_group) == ("elara", "train", "")
+    wanted = yaml.safe_load((logged.run / "config.yaml").read_text("utf-8"))
+    assert {key: log.config[key] for key in wanted} == wanted
+    assert log.config["model"]["n_layer"] == 2
+    summary = Run(logged.run).read_summary()
+    assert log.config["parameters"]["total"] == summary["parameters"] > log.config["parameters"]["active"] > 0
+    assert log.config["hardware"] == summary["hardware"]
+
+
+def test_wandb_has_every_figure_once_as_in_metrics_csv(logged: SimpleNamespace) -> None:
+    history = by_step(logged.log.history)
+    assert list(history) == list(logged.figures) == list(range(1, 25))
+    for step, wanted in logged.figures.items():
+        found = {k: v for k, v in history[step].items() if k != "samples" and not k.startswith("pictures/")}
+        assert found == {name: [pytest.approx(value, rel=1e-8)] for name, value in wanted.items()}
+
+
+def test_wandb_draws_all_curves_over_the_step_and_sums_up_by_the_lowest_loss(logged: SimpleNamespace) -> None:
+    metrics = logged.log.metrics
+    assert all(metrics[f"{part}/*"].step_metric == "step" for part in ("train", "val", "moe", "pictures"))
+    assert metrics["moe/*"].options.hidden
+    losses = [row["val/loss_ar"] for row in logged.figures.values() if "val/loss_ar" in row]
+    assert len(losses) == 3
+    assert logged.log.summary["val/loss_ar"] == {
+        "min": pytest.approx(min(losses), rel=1e-8),
+        "last": pytest.approx(losses[-1], rel=1e-8),
+    }
+
+
+def test_wandb_shows_the_experts_at_the_end(logged: SimpleNamespace) -> None:
+    pictures = [row for row in logged.log.history if "pictures" in str(row)]
+    assert [row["step"] for row in pictures] == [24]  # the one at the end: the run is too short for more
+    for name in ("expert_load", "max_vio"):
+        shown = pictures[0][f"pictures/{name}"]
+        assert (shown["_type"], shown["width"] > 600) == ("image-file", True)
+        assert shown["path"] in logged.log.files
+        assert (logged.log.folder / "files" / shown["path"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_samples_grows(logged: SimpleNamespace) -> None:
+    tables = [(row["step"], row["samples"]) for row in logged.log.history if "samples" in row]
+    assert [(step, table["nrows"]) for step, table in tables] == [(8, 1), (16, 2), (24, 3)]
+    table = json.loads((logged.log.folder / "files" / tables[-1][1]["path"]).read_text("utf-8"))
+    assert table["columns"] == ["step", "prompt", "text"]
+    blocks = Run(logged.run).samples.read_text("utf-8").split("==== step ")[1:]
+    for block, (step, prompt, text) in zip(blocks, table["data"], strict=True):
+        assert block.rstrip("\n") == f"{step} ====\n[{prompt}]{text}".rstrip("\n")
+
+
+def test_the_best_checkpoint_is_an_artifact_without_the_trainers_state(logged: SimpleNamespace) -> None:
+    (model,) = [artifact for artifact in logged.log.artifacts if artifact.type == "model"]
+    best = Run(logged.run).best.resolve()
+    assert set(model.aliases) == {"best", "latest", best.name}
+    assert json.loads(model.metadata)["step"] == int(best.name.removeprefix("step-"))
+    assert json.loads(model.metadata)["metrics"]["val/loss_ar"] == min(
+        row["val/loss_ar"] for row in map(json_metrics, Run(logged.run).checkpoints())
+    )
+    files = {entry.path: Path(entry.local_path) for entry in model.manifest.contents}
+    held = {path.relative_to(best).as_posix() for path in best.rglob("*") if path.is_file()}
+    assert set(files) == held - {"trainer.ckpt"}
+    assert held > set(files)
+    assert all(files[name].samefile(best / name) for name in files), "linked, not copied"
+
+
+def json_metrics(folder: Path) -> dict[str, float]:
+    metrics: dict[str, float] = json.loads((folder / "meta.json").read_text("utf-8"))["metrics"]
+    return metrics
+
+
+def test_the_run_ends_well_and_says_how_to_upload(logged: SimpleNamespace) -> None:
+    assert (logged.log.exit_code, logged.log.preempting) == (0, False)
+    (line,) = [line for line in logged.stdout.splitlines() if "wandb sync" in line]
+    assert line == f"upload the curves: wandb sync {logged.run.relative_to(Path(logged.run).parents[3])}/wandb"
+
+
+def board(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    return found.Reload()
+
+
+def scalars(events: Any) -> dict[int, dict[str, list[float]]]:
+    found: dict[int, dict[str, list[float]]] = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            found.setdefault(event.step, {}).setdefault(name, []).append(event.value)
+    return dict(sorted(found.items()))
+
+
+def test_tensorboard_has_every_figure_once_as_in_metrics_csv(logged: SimpleNamespace) -> None:
+    wanted = {
+        step: {name: [pytest.approx(value, rel=1e-6)] for name, value in row.items()}  # TensorBoard keeps 32 bits
+        for step, row in logged.figures.items()
+    }
+    assert scalars(board(logged.run)) == wanted
+
+
+def test_tensorboard_has_settings_samples_and_pictures(logged: SimpleNamespace) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    events = board(logged.run)
+    (config,) = events.Tensors("config/text_summary")
+    assert "\t  n_layer: 2\n" in config.tensor_proto.string_val[0].decode()
+    (facts,) = events.Tensors("facts/text_summary")
+    assert "\tparameters:\n\t  total: " in facts.tensor_proto.string_val[0].decode()
+    samples = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/text_summary")}
+    assert list(samples) == [8, 16, 24]
+    last = Run(logged.run).samples.read_text("utf-8").split("==== step 24 ====\n")[1].strip("\n")
+    assert samples[24].replace("\t", "").strip("\n") == last
+    for name in ("expert_load", "max_vio"):
+        (picture,) = events.Images(name)
+        assert (picture.step, picture.width > 600) == (24, True)
+
+    def hparams(part: str) -> Any:
+        content = events.SummaryMetadata(f"_hparams_/{part}").plugin_data.content
+        return getattr(HParamsPluginData.FromString(content), part)
+
+    settings = hparams("session_start_info").hparams
+    assert settings["model.n_layer"].number_value == 2
+    assert settings["data.source"].string_value == "text"
+    assert not any(key.startswith(("logger", "callbacks")) for key in settings)
+    assert [info.name.tag for info in hparams("experiment").metric_infos] == ["val/loss_ar"]
+    assert hparams("session_end_info").status == 1  # success
+
+
+# Resuming
+
+
+def assert_joined(run: Path) -> None:
+    """What both monitors hold of a resumed run is what metrics.csv holds, which a run without a break equals."""
+    figures = figures_of(run)
+    assert list(figures) == list(range(1, 25))
+    logs = read_logs(run)
+    assert {log.run.run_id for log in logs} == {(run / "wandb_id").read_text("utf-8").strip()}
+    assert all(log.run.resume for log in logs), "wandb sync must put them together"
+    assert logs[0].run.display_name and not any(log.run.display_name for log in logs[1:])
+    history = by_step([row for log in logs for row in log.history])
+    assert list(sorted(history)) == list(figures)
+    for step, wanted in figures.items():
+        for name, value in wanted.items():
+            if name not in TIMED:  # a step that was done twice has the same losses both times
+                assert history[step][name] == [pytest.approx(value, rel=1e-8)] * len(history[step][name]), (step, name)
+    assert logs[-1].summary["val/loss_ar"]["min"] == pytest.approx(
+        min(row["val/loss_ar"] for row in figures.values() if "val/loss_ar" in row), rel=1e-8
+    )
+    table = [row["samples"] for row in logs[-1].history if "samples" in row][-1]
+    rows = json.loads((logs[-1].folder / "files" / table["path"]).read_text("utf-8"))["data"]
+    assert [row[0] for row in rows] == [8, 16, 24]
+    found = scalars(board(run))
+    assert list(found) == list(figures)
+    for step, wanted in figures.items():
+        assert found[step] == {name: [pytest.approx(value, rel=1e-6)] for name, value in wanted.items()}, step
 
 
 @pytest.mark.slow
-def test_wandb_runs_offline_and_a_resumed_run_keeps_its_id(home) -> None:
-    pytest.importorskip("wandb")
-    options = home.tiny("name=wandb", "logger=wandb", "logger.wandb.mode=offline", "trainer.max_steps=8")
-    done = home.run(*options)
+def test_a_killed_run_goes_on_in_the_same_curves(home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on_its_own(monkeypatch, tmp_path)
+    run = home.kill_at(14, "monitors-killed", *home.tiny(*BOTH))
+    assert [log.exit_code for log in read_logs(run)] == [None]
+    done = home.run(f"resume={run}")
     assert done.returncode == 0, done.stderr
-    run = Run(home.only_run("wandb"))
-    identity = (run.path / "wandb_id").read_text("utf-8").strip()
-    done = home.run(f"resume={run.path}", "trainer.max_steps=9")
-    assert done.returncode == 0, done.stderr
-    assert len(list((run.path / "wandb").glob(f"offline-run-*-{identity}"))) == 2
-
-
-def test_wandb_online_without_a_key_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(ElaraError, match=r"there is no key: run `wandb login`; or set logger\.wandb\.mode=offline"):
-        loggers.wandb(str(tmp_path), project="elara", mode="online")
-    with pytest.raises(ElaraError, match="must be auto, online or offline"):
-        loggers.wandb(str(tmp_path), project="elara", mode="on")
+    assert [log.exit_code for log in read_logs(run)] == [None, 0]
+    assert_joined(run)

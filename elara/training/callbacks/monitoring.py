@@ -65,6 +65,8 @@ class Monitoring(Callback):
         if folder.is_dir():
             best = ["best"] if self.run.best.exists() and self.run.best.resolve() == folder.resolve() else []
             self._keep(folder, "all", best)
+        for monitor in self._monitors:
+            monitor.save()  # the checkpoint lies before this validation: it is not going to be repeated
 
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
         if self._monitors and self.run.metrics.exists():

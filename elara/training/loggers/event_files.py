@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
 from elara.errors import ElaraError
-from elara.training.loggers.monitor import Monitor
+from elara.training.loggers.monitor import Monitor, shown
 
 COMPARED_BY = "val/loss_ar"  # the figure beside the settings in the tab HPARAMS
 NOT_COMPARED = ("name", "resume", "logger", "callbacks")  # groups of settings that are left out there
@@ -49,7 +50,7 @@ class TensorBoard(Monitor):
 
     @property
     def hint(self) -> str:
-        return f"look at the curves: tensorboard --logdir {self.folder}"
+        return f"look at the curves: tensorboard --logdir {shown(Path(self.folder))}"
 
     @property
     def writer(self) -> Any:
@@ -105,14 +106,15 @@ class TensorBoard(Monitor):
             self._open._get_file_writer().add_summary(summary)
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, float | str]:
     """Settings by dotted key; what TensorBoard's table cannot hold, as text."""
-    found: dict[str, bool | int | float | str] = {}
+    found: dict[str, float | str] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             found |= _flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            found[prefix + key] = value if number else str(value)
     return found
 
 

@@ -27,7 +27,7 @@ def telling(folder: Path) -> list[str]:
     overrides = _yaml_list(Run(folder).overrides)
     if varied := _varied(folder.parent):
         return [text for text in overrides if key_of(text) in varied]
-    return [text for text in without(overrides, *ASIDE) if "=" in text and "/" not in value_of(text)]
+    return [text for text in without(overrides, *ASIDE) if "=" in text and not _is_place(text)]
 
 
 def shown_name(name: str, overrides: Sequence[str]) -> str:
@@ -67,6 +67,10 @@ def _varied(folder: Path) -> set[str]:
         return {key_of(text) for text in given if parser.parse_override(text).is_sweep_override()}
     except (OSError, yaml.YAMLError, HydraException, KeyError, TypeError):
         return set()
+
+
+def _is_place(override: str) -> bool:
+    return key_of(override).endswith("path") or "/" in value_of(override)
 
 
 def _yaml_list(file: Path) -> list[str]:

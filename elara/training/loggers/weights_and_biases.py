@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from elara import checkpoint
 from elara.errors import EXIT_INTERRUPTED, EXIT_SAVED, ElaraError
+from elara.report.metrics import read_metrics
+from elara.runs import Run
 from elara.training.loggers import naming
-from elara.training.loggers.monitor import Monitor
+from elara.training.loggers.monitor import Monitor, shown
 
 MODES, CHECKPOINTS = ("auto", "online", "offline"), ("none", "best", "all")
 LOSS = "val/loss_ar"
-FLUSH_SECONDS = 1.0  # how much a killed process may lose of what it logged; wandb's own default is 15
+FLUSH_SECONDS = 0.1  # how much a killed process may lose of what it logged; wandb's own default is 15
 REGROW = 1.1  # the table of samples is sent again when it has grown by so much; at the end in any case
 
 
@@ -85,8 +87,10 @@ def _log_in(package: Any, *, must: bool) -> bool:
 class WeightsAndBiases(Monitor):
     """A wandb run whose id lies in the run folder, so that a resumed run continues its own curves.
 
-    Figures of one step share a row, under `step`, which is the axis of every curve. A step that comes again after a
-    crash makes a second row with the same `step` and, as resuming is exact, the same losses.
+    Figures of one step share a row, under `step`, which is the axis of every curve. After a crash the server is asked
+    what it has: steps that come again are not sent twice, steps that the dead process did not get rid of are sent
+    from metrics.csv. Offline nobody can be asked: there a step that comes again makes a second row with the same
+    `step` and, as resuming is exact, the same losses.
 
     about: project, entity, name, group, job type and tags of a new run; a run that goes on keeps what it has, as its
     owner may have changed them on the server.
@@ -101,6 +105,7 @@ class WeightsAndBiases(Monitor):
         self._note = folder / "wandb_id"
         self._run: Any = None
         self._row: dict[str, Any] = {}
+        self._there: int | None = None  # newest step on the server when this process began
         self._shown_samples = 0  # rows of the table that was sent last
         self._url: str | None = None
 
@@ -118,7 +123,7 @@ class WeightsAndBiases(Monitor):
 
     @property
     def hint(self) -> str:
-        return f"curves: {self._url}" if self._url else f"upload the curves: wandb sync {_shell(self.folder)}"
+        return f"curves: {self._url}" if self._url else f"upload the curves: wandb sync {shown(self.folder)}"
 
     @property
     def run(self) -> Any:
@@ -137,6 +142,7 @@ class WeightsAndBiases(Monitor):
         if step != self._row.get("step"):
             self.save()
             self._row = {"step": step}
+            self._catch_up()
         self._row.update(metrics)
 
     def log_facts(self, facts: Mapping[str, Any]) -> None:
@@ -175,10 +181,11 @@ class WeightsAndBiases(Monitor):
 
     @rank_zero_only
     def save(self) -> None:
-        """Hand the row that is being filled over to wandb."""
-        if len(self._row) > 1:
-            self.run.log(self._row)
-        self._row = {}
+        """Hand the row that is being filled over to wandb, unless the server has it."""
+        row, self._row = self._row, {}
+        repeated = self._there is not None and self.resumed_step and row.get("step", 0) < self._there
+        if len(row) > 1 and not repeated:
+            self.run.log(row)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -213,11 +220,25 @@ class WeightsAndBiases(Monitor):
         except wandb.errors.Error as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ElaraError(f"wandb cannot begin its run: {reason}; or set logger.wandb.mode=offline") from error
+        if goes_on and self.online:
+            self._there = run.summary.get("step")
         for section in ("train", "val", "pictures"):
             run.define_metric(f"{section}/*", step_metric="step")
         run.define_metric("moe/*", step_metric="step", hidden=True)  # hundreds: the picture shows them
         run.define_metric(LOSS, step_metric="step", summary="min,last")
         return run
+
+    def _catch_up(self) -> None:
+        """Send what a process that was killed had logged before its last checkpoint and could not send."""
+        if self._there is None or self._there >= self.resumed_step:
+            return
+        columns = read_metrics(Run(self.folder.parent).metrics)
+        for row in zip(*columns.values(), strict=True):
+            figures = {name: float(value) for name, value in zip(columns, row, strict=True) if value == value}
+            step = int(figures.pop("step"))
+            if self._there < step <= self.resumed_step:
+                self.run.log({"step": step, **figures})
+        self._there = self.resumed_step
 
     def _clear_up(self) -> bool:
         """Whether an earlier process began this run. Logs without a record, which `wandb sync` stumbles over, go."""
@@ -262,7 +283,3 @@ def _kept(folder: Path, copy: Path) -> Path:
 
     shutil.copytree(folder, copy, ignore=trainers, copy_function=link)
     return copy
-
-
-def _shell(path: Path) -> str:
-    return f"'{path}'" if " " in str(path) else str(path)
