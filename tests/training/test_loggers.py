@@ -24,8 +24,9 @@ from elara.overrides import key_of
 from elara.runs import Run
 from elara.training import loggers
 from elara.training.loggers import CSV, naming
-from tests.training.conftest import ROOT, TIMED, Home
+from tests.conftest import TIMED, Home
 from tests.training.wandb_log import by_step, read_logs
+from tests.training.wandb_server import Server, serving
 
 BOTH = (
     "logger=wandb",
@@ -33,6 +34,8 @@ BOTH = (
     "+logger.board={_target_:elara.training.loggers.tensorboard,folder:'${hydra:runtime.output_dir}/tensorboard'}",
     "~callbacks.plots",
 )
+
+KEY = "a" * 40  # of the right form
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -88,6 +91,7 @@ def test_a_resumed_file_reads_like_an_uninterrupted_one(
     assert (folder / "killed.csv").read_text("utf-8") == (folder / "whole.csv").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_with_the_csv_alone_neither_wandb_nor_tensorboard_is_imported(home: Home) -> None:
     script = (
         "import sys\nfrom elara.train import main\nmain()\n"
@@ -174,10 +178,12 @@ def logged(session_home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with pytest.MonkeyPatch.context() as patch:
         on_its_own(patch, tmp_path_factory.mktemp("user"))
         options = [*BOTH, "logger.wandb.checkpoints=best", "logger.wandb.tags=[quick]", "optimizer.lr=0.01"]
-        done = session_home.run(*session_home.tiny("name=both", *options))
+        done = session_home.call(*session_home.tiny("name=both", *options))
         assert done.returncode == 0, done.stderr
         run = session_home.only_run("both")
-        (log,) = read_logs(run)
+        deadline = time.monotonic() + 20
+        while (log := read_logs(run)[0]).exit_code is None and time.monotonic() < deadline:
+            time.sleep(0.05)  # wandb's own process writes it down
         yield SimpleNamespace(run=run, log=log, stdout=done.stdout, figures=figures_of(run))
 
 
@@ -293,7 +299,9 @@ def test_tensorboard_has_settings_samples_and_pictures(logged: SimpleNamespace) 
     assert "\t  n_layer: 2\n" in config.tensor_proto.string_val[0].decode()
     (facts,) = events.Tensors("facts/text_summary")
     assert "\tparameters:\n\t  total: " in facts.tensor_proto.string_val[0].decode()
-    samples = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/text_summary")}
+    samples = {
+        event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/text_summary")
+    }
     assert list(samples) == [8, 16, 24]
     last = Run(logged.run).samples.read_text("utf-8").split("==== step 24 ====\n")[1].strip("\n")
     assert samples[24].replace("\t", "").strip("\n") == last
@@ -325,7 +333,7 @@ def assert_joined(run: Path) -> None:
     assert all(log.run.resume for log in logs), "wandb sync must put them together"
     assert logs[0].run.display_name and not any(log.run.display_name for log in logs[1:])
     history = by_step([row for log in logs for row in log.history])
-    assert list(sorted(history)) == list(figures)
+    assert sorted(history) == list(figures)
     for step, wanted in figures.items():
         for name, value in wanted.items():
             if name not in TIMED:  # a step that was done twice has the same losses both times
@@ -343,11 +351,203 @@ def assert_joined(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_in_the_same_curves(home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_marked_so_and_goes_on(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_its_own(monkeypatch, tmp_path)
+    process = home.start(*home.tiny("name=monitors-stopped", *BOTH))
+    wait_for_step(home, "monitors-stopped", 10)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert process.returncode == EXIT_SAVED
+    run = home.only_run("monitors-stopped")
+    (log,) = read_logs(run)
+    assert (log.exit_code, log.preempting) == (EXIT_SAVED, True)
+    assert [row["step"] for row in log.history if "train/loss" in row] == list(figures_of(run)), "nothing is lost"
+    done = home.run(f"resume={run}")
+    assert done.returncode == 0, done.stderr
+    assert [log.exit_code for log in read_logs(run)] == [EXIT_SAVED, 0]
+    assert_joined(run)
+    history = by_step([row for log in read_logs(run) for row in log.history])
+    assert all(len(values) == 1 for row in history.values() for values in row.values()), "no step twice"
+
+
+def wait_for_step(home: Home, name: str, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        for metrics in (home.path / "outputs" / "train" / name).glob("*/metrics.csv"):
+            if any(int(row["step"]) >= step for row in home.rows(metrics.parent)):
+                return
+        time.sleep(0.01)
+    raise AssertionError("the run does not get there")
+
+
+# With a server
+
+
+def sync(run: Path, server: Server) -> None:
+    command = [str(Path(sys.executable).with_name("wandb")), "sync", str(run / "wandb")]
+    environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0 and "ERROR" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_in_the_same_curves_and_wandb_sync_puts_them_together(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     on_its_own(monkeypatch, tmp_path)
     run = home.kill_at(14, "monitors-killed", *home.tiny(*BOTH))
-    assert [log.exit_code for log in read_logs(run)] == [None]
+    (log,) = read_logs(run)
+    empty = log.folder.with_name(f"offline-run-20200101_000000-{log.run.run_id}")
+    empty.mkdir()
+    (empty / f"run-{log.run.run_id}.wandb").write_bytes(log_header(log.folder))  # of one killed in its first moment
     done = home.run(f"resume={run}")
     assert done.returncode == 0, done.stderr
     assert [log.exit_code for log in read_logs(run)] == [None, 0]
     assert_joined(run)
+    with serving() as server:
+        sync(run, server)
+        (uploaded,) = server.runs.values()
+    assert uploaded["displayName"].startswith("monitors-killed data=text") and "model.n_layer=2" in uploaded["tags"]
+    assert json.loads(uploaded["config"])["model"]["value"]["n_layer"] == 2
+    assert [row["_step"] for row in uploaded["history"]] == list(range(len(uploaded["history"]))), "nothing overwritten"
+    assert uploaded["exit"] == 0
+    figures, history = figures_of(run), by_step(uploaded["history"])
+    assert sorted(history) == list(figures)
+    for step, wanted in figures.items():
+        assert {name: history[step][name][-1] for name in wanted} == pytest.approx(wanted, rel=1e-8)
+
+
+def log_header(folder: Path) -> bytes:
+    (log,) = folder.glob("run-*.wandb")
+    return log.read_bytes()[:7]
+
+
+@pytest.mark.slow
+def test_online_a_killed_run_leaves_neither_gaps_nor_steps_twice(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_its_own(monkeypatch, tmp_path)
+    with serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        online = ["logger=wandb", "logger.wandb.mode=online", "~callbacks.plots"]
+        command = home.command(*home.tiny("name=online", *online))
+        process = subprocess.Popen(
+            command, cwd=home.path, env={**home.env(), "WANDB_API_KEY": KEY}, stdout=subprocess.DEVNULL
+        )
+        wait_for_step(home, "online", 12)
+        process.kill()
+        process.wait()
+        run = home.only_run("online")
+        (identity,) = server.runs
+        had = len(server.runs[identity]["history"])
+        resumed = subprocess.run(
+            home.command(f"resume={run}"), cwd=home.path, env={**home.env(), "WANDB_API_KEY": KEY}, check=False,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert resumed.returncode == 0, resumed.stderr
+        assert f"curves: {server.url}/me/elara/runs/{identity}" in resumed.stdout
+        uploaded = server.runs[identity]
+    assert list(server.runs) == [identity]
+    assert uploaded["displayName"].startswith("online data=text"), "kept when resumed"
+    assert had < 20, "the client sends every few seconds: what it had not sent is what this test is about"
+    figures, history = figures_of(run), by_step(uploaded["history"])
+    assert sorted(history) == list(figures)
+    for step, wanted in figures.items():
+        assert {name: history[step][name] for name in wanted} == {
+            name: [pytest.approx(value, rel=1e-8)] for name, value in wanted.items()
+        }
+
+
+# Several ranks, several jobs
+
+
+@pytest.mark.slow
+def test_of_several_ranks_the_first_one_logs(home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on_its_own(monkeypatch, tmp_path)
+    done = home.run(*home.tiny("name=ranks", *BOTH, "trainer=ddp_cpu", "trainer.max_steps=8"))
+    assert done.returncode == 0, done.stderr
+    run = home.only_run("ranks")
+    (log,) = read_logs(run)
+    assert list(by_step(log.history)) == list(figures_of(run)) == list(range(1, 9))
+    assert len(list((run / "tensorboard").glob("events.*"))) == 1
+    assert log.config["world_size"] == 2
+    assert done.stdout.count("wandb sync") == 1
+
+
+@pytest.mark.slow
+def test_jobs_of_a_sweep_are_one_group(home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on_its_own(monkeypatch, tmp_path)
+    options = home.tiny("name=swept", "logger=wandb", "logger.wandb.mode=offline", "trainer.max_steps=2")
+    done = home.run("-m", *options, "moe=none,deepseek", "optimizer.lr=0.01")
+    assert done.returncode == 0, done.stderr + done.stdout
+    (whole,) = (home.path / "outputs" / "sweeps" / "swept").glob("*/")
+    logs = [read_logs(whole / number)[0] for number in ("0", "1")]
+    assert [log.run.display_name for log in logs] == ["swept moe=none", "swept moe=deepseek"]
+    assert [(log.run.run_group, log.run.job_type) for log in logs] == [(f"swept/{whole.name}", "sweep")] * 2
+    assert logs[0].run.run_id != logs[1].run.run_id
+
+
+# What goes wrong early
+
+
+def made(folder: Path, **options: Any) -> Any:
+    return loggers.wandb(str(folder), name="x", project="elara", **options)
+
+
+def test_wandb_online_without_a_key_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_its_own(monkeypatch, tmp_path)
+    with pytest.raises(ElaraError, match=r"there is no key: run `wandb login`; or set logger\.wandb\.mode=offline"):
+        made(tmp_path, mode="online")
+    assert not made(tmp_path, mode="auto").online
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"mode": "on"}, "logger.wandb.mode=on must be one of auto, online, offline"),
+        ({"mode": "offline", "checkpoints": "some"}, "logger.wandb.checkpoints=some must be one of none, best, all"),
+    ],
+)
+def test_what_wandb_may_be_told_is_checked(tmp_path: Path, options: dict[str, str], line: str) -> None:
+    with pytest.raises(ElaraError) as caught:
+        made(tmp_path, **options)
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(("package", "option"), [("wandb", "logger=wandb"), ("tensorboard", "logger=tensorboard")])
+def test_a_missing_package_is_one_line_and_leaves_nothing(
+    home: Home, monkeypatch: pytest.MonkeyPatch, package: str, option: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # what importing a package that is not there meets
+    done = home.call(*home.tiny(f"name=without-{package}", option))
+    assert (done.returncode, done.stdout) == (1, "")
+    hint = f"pip install 'elara-hivemind[{package}]'"
+    assert done.stderr == f"error: {option} needs the package {package}: {hint}\n"
+    assert list((home.path / "outputs" / "train").glob(f"without-{package}/*")) == []
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_be_reached_is_one_line_or_a_note(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_its_own(monkeypatch, tmp_path)
+    environment = {**home.env(), "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+
+    def make(mode: str) -> subprocess.Popen[str]:
+        script = (
+            "import sys\nfrom elara.cli import guard\nfrom elara.training.loggers import wandb\n"
+            f"guard(lambda: print(wandb(sys.argv[1], name='x', project='p', mode='{mode}').online))"
+        )
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    online, auto = make("online"), make("auto")
+    out, errors = online.communicate(timeout=200)
+    assert (online.returncode, out) == (1, "")
+    assert errors.startswith("error: logger.wandb.mode=online does not work, Failed to authenticate")
+    assert errors.endswith("; or set logger.wandb.mode=offline\n") and errors.count("\n") == 1
+    out, errors = auto.communicate(timeout=200)
+    assert (auto.returncode, errors) == (0, "")
+    assert out.startswith("note: wandb goes on offline, Failed to authenticate") and out.endswith("\nFalse\n")

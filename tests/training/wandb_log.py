@@ -99,7 +99,7 @@ def _records(data: bytes) -> Iterator[Any]:
         position += 7 + length
         parts += part
         if kind in (FULL, LAST):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(parts)
             parts = b""
             yield record

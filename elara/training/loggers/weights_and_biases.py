@@ -24,6 +24,7 @@ from elara.training.loggers.monitor import Monitor, shown
 MODES, CHECKPOINTS = ("auto", "online", "offline"), ("none", "best", "all")
 LOSS = "val/loss_ar"
 FLUSH_SECONDS = 0.1  # how much a killed process may lose of what it logged; wandb's own default is 15
+LOG_HEADER = 7  # bytes of a log without a record
 REGROW = 1.1  # the table of samples is sent again when it has grown by so much; at the end in any case
 
 
@@ -206,8 +207,8 @@ class WeightsAndBiases(Monitor):
     def _begin(self) -> Any:
         import wandb
 
-        goes_on = self._clear_up()
-        about = {key: value for key, value in self.about.items() if key in ("project", "entity") or not goes_on}
+        earlier = self._earlier_logs()
+        about = {key: value for key, value in self.about.items() if key in ("project", "entity") or not earlier}
         try:
             run = wandb.init(
                 **about,
@@ -220,8 +221,8 @@ class WeightsAndBiases(Monitor):
         except wandb.errors.Error as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ElaraError(f"wandb cannot begin its run: {reason}; or set logger.wandb.mode=offline") from error
-        if goes_on and self.online:
-            self._there = run.summary.get("step")
+        if self.online and any(folder.name.startswith("run-") for folder in earlier):
+            self._there = run.summary.get("step") or 0
         for section in ("train", "val", "pictures"):
             run.define_metric(f"{section}/*", step_metric="step")
         run.define_metric("moe/*", step_metric="step", hidden=True)  # hundreds: the picture shows them
@@ -240,13 +241,16 @@ class WeightsAndBiases(Monitor):
                 self.run.log({"step": step, **figures})
         self._there = self.resumed_step
 
-    def _clear_up(self) -> bool:
-        """Whether an earlier process began this run. Logs without a record, which `wandb sync` stumbles over, go."""
-        found = False
+    def _earlier_logs(self) -> list[Path]:
+        """Folders of wandb's logs, offline-run-* and run-*, of earlier processes of this run.
+
+        Those without a record, of processes killed in their first moment, go: `wandb sync` stumbles over them.
+        """
+        found = []
         for log in self.folder.glob(f"*run-*-{self.version}/run-*.wandb"):
-            empty = log.stat().st_size < 8  # a header and nothing else: killed in its first second
-            found |= not empty
-            if empty:
+            if log.stat().st_size > LOG_HEADER:
+                found.append(log.parent)
+            else:
                 shutil.rmtree(log.parent, ignore_errors=True)
         return found
 
