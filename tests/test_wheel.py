@@ -77,11 +77,18 @@ def test_every_config_composes_from_the_wheel(installed: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", PYPROJECT["project"]["scripts"])
+@pytest.mark.parametrize("script", [script for script in PYPROJECT["project"]["scripts"] if script != "elara-report"])
 def test_console_scripts_work_from_the_wheel(installed: Path, tmp_path: Path, script: str) -> None:
     assert "Override anything in the config" in run(installed / "bin" / script, "--help", cwd=tmp_path)
     assert run(installed / "bin" / script, "--cfg", "job", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_report_works_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train/loss_ar\n1,2.5\n2,2.25\n", "utf-8")
+    assert "written: report.html" in run(installed / "bin/elara-report", ".", cwd=tmp_path)
+    assert "2.2500" in (tmp_path / "report.html").read_text("utf-8")
 
 
 @pytest.mark.slow

@@ -62,9 +62,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """`<name>/<time>` of a sweep, `<study>` of a search."""
-        parent = self.folder.parent.name
-        return self.folder.name if parent in ("searches", "sweeps", "") else f"{parent}/{self.folder.name}"
+        return title_of(self.folder)
 
     @cached_property
     def _keys(self) -> list[str]:
@@ -125,6 +123,14 @@ class Comparison:
     @staticmethod
     def _values(job: Outcome, keys: list[str]) -> tuple[str, ...]:
         return tuple(job.overrides.get(key, "") for key in keys)
+
+
+def title_of(folder: Path) -> str:
+    """What a folder is called: `<name>/<time>` of a run or sweep, `<study>` of a search, `..., job 3` inside one."""
+    folder = folder.resolve()
+    if folder.name.isdecimal() and is_comparison(folder.parent):
+        return f"{title_of(folder.parent)}, job {folder.name}"
+    return folder.name if folder.parent.name in ("searches", "") else f"{folder.parent.name}/{folder.name}"
 
 
 def is_comparison(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure, FigureBase
 
 from elara.report.metrics import Columns, Values, points, read_metrics, smooth
-from elara.report.style import BLUE, GREEN, GREY, ORANGE, STYLE
+from elara.report.style import BLUE, GREEN, GREY, ORANGE, PALETTE, STYLE
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def _max_vio(columns: Columns, places: Sequence[str], figure: FigureBase) -> Non
     axes = figure.subplots()
     for i, place in enumerate(places):
         steps, values = points(columns, f"{place}/max_vio")
-        axes.plot(steps, smooth(values), linewidth=1.4, label=_place_words(place, line=True), color=f"C{i}")
+        axes.plot(steps, smooth(values), linewidth=1.4, label=_place_words(place, line=True),
+                  color=PALETTE[i % len(PALETTE)], linestyle="-" if i < len(PALETTE) else "--")  # fmt: skip
     axes.set(title="MaxVio: excess of the fullest expert", xlabel="optimizer steps", ylabel="max load / mean load - 1")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, ncols=2)

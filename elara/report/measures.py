@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from elara.report.comparison import Comparison, Spread
+from elara.report.comparison import Comparison, Group, Spread
 from elara.report.outcome import Outcome
 
 
@@ -51,6 +51,12 @@ def measured(comparison: Comparison) -> list[Measure]:
 
 def measured_of_groups(comparison: Comparison) -> list[Measure]:
     return [m for m in OF_GROUPS if m in measured(comparison)]
+
+
+def label(comparison: Comparison, group: Group) -> str:
+    """What sets a group apart, as `lr=0.01 moe=none`."""
+    names = short_keys(comparison.group_keys)
+    return " ".join(f"{names[k]}={tidy(v)}" for k, v in zip(comparison.group_keys, group.values, strict=True) if v)
 
 
 def short_keys(keys: list[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from elara.report.comparison import Comparison, compare
+from elara.report.comparison import Comparison, Group, compare
 from elara.report.measures import MEASURES, measured, measured_of_groups, short_keys, tidy
 from elara.report.outcome import Outcome, State
 
@@ -107,10 +107,14 @@ def group_rows(comparison: Comparison) -> list[list[str]]:
     rows = [[*names.values(), "runs", *(measure.title for measure in measures)]]
     for group in comparison.groups:
         spreads = [measure.show_spread(group.spread(measure.value)) for measure in measures]
-        done, asked = len(group.jobs), comparison.asked(group)
-        runs = str(done) if done == asked else f"{done} of {asked}"
-        rows.append([*(tidy(value) or DEFAULT for value in group.values), runs, *spreads])
+        rows.append([*(tidy(value) or DEFAULT for value in group.values), runs_of(comparison, group), *spreads])
     return rows
+
+
+def runs_of(comparison: Comparison, group: Group) -> str:
+    """How many of a group's runs came through: `3`, or `2 of 3`."""
+    done, asked = len(group.jobs), comparison.asked(group)
+    return str(done) if done == asked else f"{done} of {asked}"
 
 
 def job_rows(comparison: Comparison) -> list[list[str]]:

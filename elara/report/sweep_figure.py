@@ -68,7 +68,7 @@ def panels(comparison: Comparison) -> list[Panel]:
         return []
     rows = len(sweep.shown)
     found = [
-        Panel((sweep.label_width + RANKING + 0.3, 1.5 + (0.27 if rows > 8 else 0.36) * max(rows, 3)), sweep.ranking),
+        Panel((sweep.label_width + RANKING + 0.3, max(1.5 + (0.27 if rows > 8 else 0.36) * rows, 3.9)), sweep.ranking),
         Panel((5.6, 3.9), sweep.curves),
     ]
     for i, key in enumerate(comparison.group_keys):
@@ -270,7 +270,7 @@ def _limit(losses: Sequence[float]) -> float:
 
 
 def _geometric(numbers: Sequence[float]) -> bool:
-    """Whether numbers (in order) span a factor of 4 and lie more evenly on a logarithmic axis than on a plain one."""
+    """Whether numbers (in order) span a factor of 4 and lie far more evenly on a logarithmic axis than a plain one."""
     if not numbers or numbers[0] <= 0 or numbers[-1] / numbers[0] < 4:
         return False
 
@@ -278,7 +278,7 @@ def _geometric(numbers: Sequence[float]) -> bool:
         return abs(float(np.median(values) - (values[0] + values[-1]) / 2)) / float(values[-1] - values[0])
 
     values = np.array(numbers)
-    return from_middle(np.log(values)) < from_middle(values)
+    return from_middle(np.log(values)) < 0.6 * from_middle(values)
 
 
 def _held_out(job: Outcome) -> tuple[Values, Values]:

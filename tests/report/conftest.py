@@ -80,7 +80,7 @@ def run(home: Path) -> Run:
 def sweep(home: Path) -> Path:
     """Two settings with two seeds each that train, one that cannot, and a job that was never started."""
     folder = home / "outputs" / "sweeps" / "toggles" / "2030-01-01_00-00-00"
-    fixed = [*TINY, f"data.path='{home / 'bees.txt'}'", "name=toggles"]
+    fixed = [*TINY, f"data.path='{home / 'bees.txt'}'", "name=toggles", "~callbacks.plots"]
     plan(folder, *fixed, "moe=none,deepseek,other", "seed=1,2")
     jobs = [[*fixed, f"moe={moe}", f"seed={seed}"] for moe in ("none", "deepseek", "other") for seed in (1, 2)]
     for number, overrides in enumerate(jobs[:5]):
