@@ -6,6 +6,7 @@ Every rank writes what it holds; any number of ranks, or one process without a g
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def read(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dic
             for name, about in found.items()
             if isinstance(about, TensorStorageMetadata) and wanted(name)
         }
-        load(state, checkpoint_id=folder, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
+            load(state, checkpoint_id=folder, no_dist=True)
     except (OSError, CheckpointException, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ElaraError(f"{folder} is damaged: {str(error).splitlines()[0]}") from error
     return state

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from elara import launch
 from elara.cli import config_path, hydra_main, register_resolvers
 from elara.overrides import quoted, without
-from elara.sweep import multirun
+from elara.sweep import multirun, ray_launcher
 from elara.training import resume
 from elara.training.config import register
 
@@ -47,6 +47,7 @@ def rewrite(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Console script `elara-train`."""
     register()
+    ray_launcher.register()
     hydra_main("train", train, rewrite)
 
 

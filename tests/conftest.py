@@ -1,10 +1,161 @@
-"""What holds for every test: one thread per process, and no setting left over from another test."""
+"""What holds for every test, one thread per process and no setting left over; and a home for tiny runs."""
 
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; before torch is imported, here and in child processes
+
+from elara import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = [
+    "data=text", "model.n_layer=2", "model.n_embd=32", "model.n_head=2", "model.hidden=64", "model.expert_hidden=32",
+    "model.context_length=32", "model.dropout=0.1", "data.batch_size=4", "data.val_batches=2",
+    "trainer.precision=32-true", "trainer.max_steps=24", "trainer.val_check_interval=8", "trainer.log_every_n_steps=1",
+    "callbacks.samples.max_new_tokens=8", "callbacks.acceptance.prompts=2", "callbacks.acceptance.new_tokens=6",
+]  # fmt: skip
+
+TIMED = ("train/tokens_per_second", "train/seconds_per_step")
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Home:
+    """A folder for data and outputs, with a text to train on."""
+
+    path: Path
+    text: Path
+
+    def command(self, *overrides: str, module: str = "elara.train") -> list[str]:
+        return [sys.executable, "-m", module, *overrides]
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*overrides), cwd=self.path, env=self.env(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *overrides: str, module: str = "elara.train") -> Done:
+        done = subprocess.run(
+            self.command(*overrides, module=module), cwd=self.path, env=self.env(), text=True, capture_output=True,
+            check=False, timeout=300,
+        )  # fmt: skip
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def call(self, *overrides: str) -> Done:
+        """The same inside this process: much faster, as torch is imported already."""
+        out, err = io.StringIO(), io.StringIO()
+        code = 0
+        with (
+            pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        ):  # fmt: skip
+            patch.setattr(sys, "argv", ["train.py", *overrides])
+            patch.setenv("ELARA_HOME", str(self.path))
+            patch.delenv("HYDRA_FULL_ERROR", raising=False)
+            patch.chdir(self.path)
+            try:
+                train.main()
+            except SystemExit as error:
+                code = int(error.code or 0)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    def env(self) -> dict[str, str]:
+        inherited = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "WANDB_API_KEY")}
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        return {**inherited, "PYTHONPATH": paths, "ELARA_HOME": str(self.path), "OMP_NUM_THREADS": "1"}
+
+    def tiny(self, *overrides: str) -> list[str]:
+        return [*TINY, f"data.path={self.text}", *overrides]
+
+    @staticmethod
+    def rows(run: Path) -> list[dict[str, str]]:
+        """The whole rows of a run's metrics.csv, without what depends on the clock."""
+        with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and None not in row.values()]
+        return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+
+    def only_run(self, name: str = "elara") -> Path:
+        (found,) = (self.path / "outputs" / "train" / name).glob("*/")
+        return found
+
+    def kill_at(self, step: int, name: str, *overrides: str) -> Path:
+        """Start a run and SIGKILL it once metrics.csv has a row of `step` or later; returns its folder."""
+        process = self.start(*overrides, f"name={name}")
+        run = self.wait_for(process, step, name)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        return run
+
+    def wait_for(self, process: subprocess.Popen[str], step: int, name: str) -> Path:
+        """Wait until the run's metrics.csv has a row of `step` or later; returns its folder."""
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None:
+            for metrics in (self.path / "outputs" / "train" / name).glob("*/metrics.csv"):
+                rows = self.rows(metrics.parent)
+                if rows and int(rows[-1]["step"]) >= step:
+                    return metrics.parent
+            time.sleep(0.002)
+        process.kill()
+        raise AssertionError(f"the run did not reach step {step}: {process.communicate()}")
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, parents before their children, older ones first."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [found for child in children for found in (child, *descendants(child))]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def make_text(characters: int, seed: int = 0) -> str:
+    """Words with a little structure, so that there is something to learn."""
+    generator = random.Random(seed)
+    words = ["the", "bee", "queen", "flew", "over", "honey", "and", "found", "a", "flower", "drone", "sleeps"]
+    text = ""
+    while len(text) < characters:
+        text += " ".join(generator.choices(words, k=generator.randint(3, 9))).capitalize() + ".\n"
+    return text
+
+
+@pytest.fixture(scope="session")
+def session_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    path = tmp_path_factory.mktemp("home")
+    text = path / "bees.txt"
+    text.write_text(make_text(12000), "utf-8")
+    return Home(path, text)
+
+
+@pytest.fixture
+def home(session_home: Home) -> Home:
+    return session_home
 
 
 @pytest.fixture(autouse=True)

@@ -89,13 +89,14 @@ class Order(Sampler[int]):
 
 
 class ValidationBatches(Dataset[Tensor]):
-    """Fixed windows of the held-out documents, each within one document; items int64 (<= batch_size, seq + 1).
+    """Fixed windows of the held-out documents, each within one document; items int64 (batch_size, seq + 1).
 
-    Every token but each document's first is a target exactly once; behind a document's end stands `PADDING`.
+    Every token but each document's first is a target exactly once; behind a document's end stands `PADDING`, and so do
+    whole windows of it behind the last one, where a batch or a rank would have fewer than the others.
 
     Args:
         limit: at most so many batches, of windows spread evenly over the text; None = all windows.
-        rank, world: ranks take windows in turn; all have equally many, at the end perhaps one of padding alone.
+        rank, world: item `i` of this rank is batch `i * world + rank`.
     """
 
     def __init__(
@@ -104,21 +105,21 @@ class ValidationBatches(Dataset[Tensor]):
         self.tokens, self.batch_size, self.seq = tokens, batch_size, seq
         starts, lengths = document_windows(tokens.ends, seq)
         count = len(starts) if limit is None else min(len(starts), limit * batch_size * world)
-        chosen = np.arange(count, dtype=np.int64) * len(starts) // max(count, 1)
         if not count:
             raise ElaraError(f"the validation text has {len(tokens)} tokens, too few for a window: give more text")
-        missing = -count % world
-        self._starts = np.append(starts[chosen], np.zeros(missing, np.int64))[rank::world]
-        self._lengths = np.append(lengths[chosen], np.zeros(missing, np.int64))[rank::world]
+        chosen = np.arange(count, dtype=np.int64) * len(starts) // count
+        missing = np.zeros(-count % (batch_size * world), np.int64)
+        shape = (-1, world, batch_size)
+        self._starts = np.append(starts[chosen], missing).reshape(shape)[:, rank]  # (batches, batch_size)
+        self._lengths = np.append(lengths[chosen], missing).reshape(shape)[:, rank]
 
     def __len__(self) -> int:
-        return (len(self._starts) + self.batch_size - 1) // self.batch_size
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        return _padded(self.tokens.tokens, self._starts[rows], self._lengths[rows], self.seq)
+        return _padded(self.tokens.tokens, self._starts[index], self._lengths[index], self.seq)
 
 
 def document_windows(ends: Int64, seq: int) -> tuple[Int64, Int64]:

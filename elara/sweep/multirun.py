@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +53,46 @@ def read_plan(folder: Path) -> Plan:
     return Plan(jobs, [o.key_or_group for o in parsed if o.is_sweep_override()])
 
 
-def run_job() -> None:
-    """Train the job that Hydra has set up here, in a process of its own; say how it went, and never raise for it.
+@dataclass
+class Job:
+    """One job as plain values, which any launcher can send anywhere. overrides: all of them, the sweep's own too."""
 
-    A finished job is left as it is, one with a checkpoint goes on from there.
-    """
+    sweep: Path
+    number: int
+    overrides: list[str]
+    options: list[str] = field(default_factory=list)  # of the command line, such as --config-dir
+
+    @property
+    def run(self) -> Run:
+        return Run(self.sweep / str(self.number))
+
+
+def run_job() -> None:
+    """Execute the job that Hydra has set up in this process."""
     hydra: Any = HydraConfig.get()
-    run, number, sweep = Run(Path(hydra.runtime.output_dir)), int(hydra.job.num), Path(hydra.sweep.dir)
-    plan = read_plan(sweep)
-    place = f"[{number + 1}/{len(plan.jobs)}] {plan.label(number)}"
+    found = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    options = [part for path in found for part in ("--config-dir", path)]  # the job needs it too
+    execute(Job(Path(hydra.sweep.dir), int(hydra.job.num), list(hydra.overrides.task), options))
+
+
+def execute(job: Job) -> None:
+    """Train a job in a process of its own; say how it went, and never raise for it.
+
+    A finished job is left as it is, one with a checkpoint goes on from there. Raises Interrupted when this process is
+    asked to stop, once the job has saved.
+    """
+    run, plan = job.run, read_plan(job.sweep)
+    place = f"[{job.number + 1}/{len(plan.jobs)}] {plan.label(job.number)}"
     if run.finished:
         _say(f"{place}: finished already")
         return
     _say(f"{place}: {'goes on from its last checkpoint' if run.checkpoints() else 'started'} in {run.path}")
     began = time.monotonic()
-    overrides = without(hydra.overrides.task, *NOT_THE_JOBS)
-    code = _train(run, [*_options(hydra), *overrides, f"hydra.run.dir={quoted(str(run.path))}"], f"[{number + 1}] ")
+    overrides = without(job.overrides, *NOT_THE_JOBS)
+    arguments = [*job.options, *overrides, f"hydra.run.dir={quoted(str(run.path))}"]
+    if run.checkpoints():
+        arguments.append(f"resume={quoted(str(run.path))}")
+    code = _train(run, arguments, f"[{job.number + 1}] ")
     seconds = time.monotonic() - began
     error = None if code == 0 else _error(run, code)
     ended = {"exit_code": code, "error": error, "seconds": round(seconds, 1), "overrides": overrides}
@@ -108,6 +132,11 @@ def rewrite(arguments: list[str]) -> list[str]:
     return ["-m", *options, *kept, *given.values(), f"hydra.sweep.dir={quoted(str(folder))}"]
 
 
+def go_on(sweep: Path) -> str:
+    """The command that runs what a sweep still lacks."""
+    return f"python -m elara.train sweep.resume={sweep}"
+
+
 def newest_sweep(name: str, root: Path | None = None) -> Path:
     """The newest sweep called `name` that has a job left to run; raises ElaraError when there is none."""
     root = root or sweep_root()
@@ -126,7 +155,7 @@ def _report(folder: Path) -> int:
     jobs = read_plan(folder).jobs
     failed = sum(not Run(folder / str(i)).finished for i in range(len(jobs)))
     if failed:
-        _say(f"{failed} of {len(jobs)} jobs failed; run only those: python -m elara.train sweep.resume={folder}")
+        _say(f"{failed} of {len(jobs)} jobs failed; run only those: {go_on(folder)}")
     return failed
 
 
@@ -137,6 +166,7 @@ def _train(run: Run, arguments: list[str], prefix: str) -> int:
     """
     asked: list[int] = []
     command = [sys.executable, "-m", "elara.train", *arguments]
+    run.path.mkdir(parents=True, exist_ok=True)
     with open(run.job_log, "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
@@ -160,7 +190,7 @@ def _train(run: Run, arguments: list[str], prefix: str) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
     if asked:
-        raise Interrupted(f"sweep interrupted; go on with: python -m elara.train sweep.resume={run.path.parent}")
+        raise Interrupted(f"sweep interrupted; go on with: {go_on(run.path.parent)}")
     return code
 
 
@@ -176,12 +206,6 @@ def _error(run: Run, code: int) -> str:
 def _outcome(run: Run) -> str:
     metrics = run.read_summary().get("metrics", {})
     return f"done, held-out loss {metrics['val/loss_ar']:.3f}" if "val/loss_ar" in metrics else "done"
-
-
-def _options(hydra: Any) -> list[str]:
-    """The --config-dir of the command line, which the jobs need too."""
-    found = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    return [part for path in found for part in ("--config-dir", path)]
 
 
 def _saved(folder: Path) -> tuple[list[str], list[str]]:

@@ -140,13 +140,40 @@ def test_matches_the_reference_with_clean_tokens_inside_the_section(make_model, 
     compare(model, reference, tokens, section)
 
 
-def test_chunks_of_the_section_change_nothing(make_model, reference, monkeypatch):
-    """A section longer than one chunk, with a chunk border that cuts unevenly."""
-    model = make_model(block_length=2)
-    tokens = torch.randint(12, (1, 16), generator=torch.Generator().manual_seed(7))
+@pytest.mark.parametrize("options", [{}, {"n_kv_head": 1}, {"n_kv_head": None, "depth": 2}], ids=str)
+@pytest.mark.parametrize("kept", [0, 1 << 21], ids=["torch's attention", "our backward"])
+def test_chunks_change_nothing(make_model, reference, monkeypatch, options, kept):
+    """More clean tokens and a longer section than one chunk takes, with borders that cut unevenly."""
+    model = make_model(block_length=2, **options)
+    tokens = torch.randint(12, (2, 16), generator=torch.Generator().manual_seed(7))
     section = draw(model.config, tokens)
-    monkeypatch.setattr("elara.model.attention.CHUNK", 5)  # two blocks of two to a chunk
+    for name in ("attention", "attention_cpu"):
+        monkeypatch.setattr(f"elara.model.{name}.CHUNK", 5)  # two blocks of two to a chunk
+    monkeypatch.setattr("elara.model.attention.KEPT_LIMIT", kept)
     compare(model, reference, tokens, section)
+
+
+def test_rows_with_blocks_of_their_own(make_model, reference, monkeypatch):
+    monkeypatch.setattr("elara.model.attention_cpu.CHUNK", 5)
+    model = make_model(block_length=2)
+    tokens = torch.randint(12, (2, 12), generator=torch.Generator().manual_seed(7))
+    starts = torch.tensor([[1, 3, 5, 7], [2, 5, 8, 10]])
+    compare(model, reference, tokens, MaskSection(starts, 2, torch.full((2, 8), MASK_ID)))
+
+
+def test_bf16_training_stays_near_float32(make_model):
+    """Loss and gradients under autocast, which computes attention in bf16 from end to end."""
+    model = make_model(depth=2, context_length=256).float()
+    tokens = torch.randint(12, (2, 200), generator=torch.Generator().manual_seed(3))
+    section, found = draw(model.config, tokens), {}
+    for narrow in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            output = model(tokens, section=section)
+            assert output.mask_hidden is not None
+            loss = objective(model, output.hidden.float(), output.mask_hidden.float(), output.routing.penalty)
+        weights = [p for name, p in model.named_parameters() if "attention" in name]
+        found[narrow] = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+    assert torch.cosine_similarity(found[True], found[False], dim=0) > 0.99
 
 
 def test_real_chunk_size_is_crossed(make_model):

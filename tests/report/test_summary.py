@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
 import statistics
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +96,18 @@ def test_the_terminal_gets_tables_and_errors(summarized: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert "Over seeds" in out and "Every job" in out and "best loss" in out
     assert "job 4: failed: there is no moe=other" in out and str(summarized / "summary.png") in out
+
+
+def test_a_narrow_terminal_loses_columns_not_figures(summarized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = io.StringIO()
+    monkeypatch.setattr(printed, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setenv("COLUMNS", "90")
+    comparison = compare(summarized)
+    print_summary(comparison)
+    out = printed.getvalue()
+    assert "at step" not in out and "…" not in out
+    assert all(f"{job.best_loss:.4f}" in out for job in comparison.finished)
 
 
 def test_the_best_is_first_and_numbers_are_short(made_up: Made) -> None:

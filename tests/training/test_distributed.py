@@ -1,0 +1,169 @@
+"""Two processes compute what one does, die together, save together and go on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from elara import checkpoint
+from elara.errors import EXIT_SAVED, ElaraError
+from elara.runs import Run
+from tests.conftest import alive, descendants
+
+pytestmark = pytest.mark.slow
+
+# At first AdamW takes little more than the sign of a gradient: a large eps keeps float noise from growing
+SAME = ["model.dropout=0", "optimizer=adamw", "optimizer.lr=3e-3", "optimizer.eps=1e-4"]
+QUIET = ["~callbacks.samples", "~callbacks.acceptance"]
+DDP = ["trainer=ddp_cpu", "data.batch_size=2"]
+FSDP = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
+SHAPES = {
+    "default": [],
+    "random masks and accumulation": ["tidar=block_diffusion", "trainer.accumulate_grad_batches=2"],
+    "whole stack twice, recomputed": ["trm=depth2_stack", "trm.checkpoint=true"],
+}
+
+
+def losses(home, name: str, *overrides: str) -> list[list[float]]:
+    """Every loss and gradient norm of a finished run, by step."""
+    done = home.run(*home.tiny(f"name={name}", *SAME, *QUIET, *overrides))
+    assert done.returncode == 0, done.stderr
+    rows = home.rows(home.only_run(name))
+    columns = [c for c in rows[0] if "loss" in c or c == "train/grad_norm" or c.endswith("/max_vio")]
+    return [[float(row[column] or "nan") for column in columns] for row in rows]
+
+
+def agree(one: list[list[float]], other: list[list[float]]) -> bool:
+    return torch.allclose(torch.tensor(one), torch.tensor(other), rtol=2e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ranks_compute_what_one_process_does(home, shape: str) -> None:
+    names = [f"{kind}-{list(SHAPES).index(shape)}" for kind in ("one", "ddp", "fsdp")]
+    steps = "trainer.max_steps=30"
+    one = losses(home, names[0], "data.batch_size=4", steps, *SHAPES[shape])
+    assert len(one) == 30
+    assert agree(one, losses(home, names[1], *DDP, steps, *SHAPES[shape]))
+    assert agree(one, losses(home, names[2], *FSDP, steps, *SHAPES[shape]))
+    loaded = [checkpoint.load(Run(home.only_run(name)).last) for name in names]
+    for other in loaded[1:]:  # the shards are read back whole
+        for name, value in loaded[0].model.state_dict().items():
+            assert torch.allclose(value, other.model.state_dict()[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_shards_sample_quantize_and_begin_new_runs(home) -> None:
+    done = home.run(*home.tiny("name=sharded", *FSDP, "optimizer=adamw", "trainer.max_steps=2", *QUIET))
+    assert done.returncode == 0, done.stderr
+    run = Run(home.only_run("sharded"))
+    assert (run.last / "shards").is_dir() and not (run.last / "model.safetensors").exists()
+    whole = checkpoint.load(run.last).model.state_dict()
+    narrow = checkpoint.load(run.last, precision="bfloat16").model.state_dict()
+    assert torch.equal(narrow["norm.weight"], whole["norm.weight"].bfloat16())
+    sampled = home.run("checkpoint=sharded", "prompt=the", "max_new_tokens=4", module="elara.sample")
+    assert sampled.returncode == 0 and sampled.stdout.startswith("the")
+    still = ["trainer.max_steps=1", "optimizer.lr=0", "optimizer.adam_lr=0"]
+    done = home.call(*home.tiny("name=from-shards", f"init_from={run.path}", *still))
+    assert done.returncode == 0, done.stderr
+    child = checkpoint.load(Run(home.only_run("from-shards")).last).model.state_dict()
+    assert all(torch.equal(child[name], whole[name]) for name in whole if "selection_bias" not in name)
+    shard = next((run.last / "shards").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-50])
+    with pytest.raises(ElaraError, match="is damaged: its checksum differs"):
+        checkpoint.load(run.last)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_killed_rank_ends_the_run_with_one_line_and_resume_is_exact(home, kind: str) -> None:
+    optimizer = "optimizer=adamw" if kind == "fsdp" else "optimizer=muon"
+    options = home.tiny(*(DDP if kind == "ddp" else FSDP), optimizer, "model.dropout=0.1")
+    assert home.run(f"name=whole-{kind}", *options).returncode == 0
+    process = home.start(f"name=killed-{kind}", *options)
+    run = home.wait_for(process, 13, f"killed-{kind}")
+    ranks = descendants(process.pid)
+    os.kill(ranks[1], signal.SIGKILL)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert process.returncode == 1 and not any(alive(rank) for rank in ranks)
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith(f"error: rank 1 (process {ranks[1]}) was killed by SIGKILL")
+    assert last.endswith(f"python -m elara.train resume={run}") and errors.count("error: ") == 1
+    done = home.run("resume=auto", f"name=killed-{kind}")
+    assert done.returncode == 0 and "going on at step 8 in" in done.stdout
+    whole = home.only_run(f"whole-{kind}")
+    assert home.rows(run) == home.rows(whole)
+    a, b = (checkpoint.load(Run(path).last).model.state_dict() for path in (run, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_lets_all_ranks_save_and_exit_so_that_a_scheduler_can_requeue(home, number: signal.Signals) -> None:
+    name = f"asked-{number.name}"
+    process = home.start(f"name={name}", *home.tiny(*DDP, "trainer.max_steps=100000", *QUIET))
+    run = Run(home.wait_for(process, 3, name))
+    ranks = descendants(process.pid)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_SAVED and not any(alive(rank) for rank in ranks)
+    step = checkpoint.read_meta(run.last)["step"]
+    assert errors.strip().splitlines()[-1].startswith(f"interrupted at step {step}, saved; go on with:")
+    done = home.run("resume=auto", f"name={name}", f"trainer.max_steps={step + 1}")
+    assert done.returncode == 0 and f"going on at step {step} in" in done.stdout
+
+
+def test_ranks_save_and_end_when_the_process_that_started_them_is_killed(home) -> None:
+    process = home.start("name=orphans", *home.tiny(*DDP, "trainer.max_steps=100000", *QUIET))
+    run = Run(home.wait_for(process, 3, "orphans"))
+    ranks = descendants(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(alive(rank) for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(rank) for rank in ranks)
+    assert checkpoint.read_meta(run.last)["step"] > 3
+
+
+def test_an_error_of_all_ranks_is_said_once(home) -> None:
+    done = home.run("name=broken", *home.tiny(*DDP, "optimizer.momentum=many"))
+    assert done.returncode == 1
+    assert done.stderr == "error: optimizer.momentum=many must be a number\n"
+
+
+def test_torchruns_ranks_share_one_folder_and_decide_how_many_there_are(home) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "elara.train"]
+    options = home.tiny("name=torchrun", "trainer=ddp_cpu", "trainer.devices=1", "data.batch_size=2", *SAME, *QUIET)
+    done = subprocess.run(
+        [*launcher, *options], cwd=home.path, env=home.env(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    run = Run(home.only_run("torchrun"))
+    assert run.read_summary()["world_size"] == 2
+    assert losses(home, "torchrun-one", "data.batch_size=4")[-1][0] == pytest.approx(
+        float(home.rows(run.path)[-1]["train/loss"]), rel=1e-4
+    )
+
+
+def test_slurms_tasks_share_one_folder(home) -> None:
+    options = home.tiny("name=slurm", "trainer=ddp_cpu", "data.batch_size=2", "trainer.max_steps=4", *QUIET)
+    slurm = {
+        "SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "elara", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1",
+    }  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            home.command(*options), cwd=home.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**home.env(), **slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [task.communicate(timeout=200) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    run = home.only_run("slurm")
+    assert run.name == "slurm-4242.0" and Run(run).read_summary()["world_size"] == 2
