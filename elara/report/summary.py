@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,7 @@ from elara.report.comparison import Comparison, Group, compare
 from elara.report.measures import MEASURES, measured, measured_of_groups, short_keys, tidy
 from elara.report.outcome import Outcome, State
 
+DISPENSABLE = ("at step", "last loss", "parameters", "wall time", "bits/char", "s/step")
 DEFAULT = "-"  # in a cell: this run left the key at its default
 
 
@@ -38,27 +40,35 @@ def summarize(folder: Path) -> Comparison:
 
 def print_summary(comparison: Comparison) -> None:
     """The tables on the terminal, best first, what went wrong, and where the files lie."""
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    for table in tables(comparison):
-        console.print(table)
+    console = Console(width=None if sys.stdout.isatty() else 1000)
+    for title, rows in _sections(comparison):
+        console.print(_fitting(title, rows, console))
     for job in comparison.failed:
         console.print(f"job {job.name}: {end_of(job)}", markup=False, highlight=False, soft_wrap=True)
     files = [path for end in ("md", "csv", "png") if (path := comparison.folder / f"summary.{end}").exists()]
     console.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 
-def tables(comparison: Comparison) -> list[Table]:
-    """Means over seeds where there are any, and every job."""
-    made = []
-    for title, rows in _sections(comparison):
-        head, *body = rows
-        table = Table(title=title)
-        for name, right in zip(head, _aligned_right(head, body), strict=True):
-            table.add_column(name, justify="right" if right else "left", no_wrap=True)
-        for row in body:
-            table.add_row(*map(Text, row))  # not markup: a list of values has brackets
-        made.append(table)
-    return made
+def _fitting(title: str, rows: list[list[str]], console: Console) -> Table:
+    """The table, on a narrow terminal without the columns that can be missed most."""
+    table, unbound = _table(title, rows), console.options.update(max_width=10_000)
+    for name in DISPENSABLE:
+        if Measurement.get(console, unbound, table).maximum <= console.width:
+            break
+        kept = [i for i, column in enumerate(rows[0]) if column != name]
+        rows = [[row[i] for i in kept] for row in rows]
+        table = _table(title, rows)
+    return table
+
+
+def _table(title: str, rows: list[list[str]]) -> Table:
+    head, *body = rows
+    table = Table(title=title)
+    for name, right in zip(head, _aligned_right(head, body), strict=True):
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for row in body:
+        table.add_row(*map(Text, row))  # not markup: a list of values has brackets
+    return table
 
 
 def markdown(comparison: Comparison, picture: str | None) -> str:
