@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 # Quintic Newton-Schulz steps with coefficients fitted to the spectrum that is left (Polar Express, arXiv 2505.16932)
@@ -39,12 +40,26 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def _whole(update: Tensor) -> Tensor:
+    """The whole of a tensor that ranks hold in shards: a matrix cannot be orthogonalized in parts."""
+    return update.full_tensor() if isinstance(update, DTensor) else update
+
+
+def _shard(whole: Tensor, p: Tensor) -> Tensor:
+    """This rank's rows of an update, as FSDP2 shards parameters."""
+    if not isinstance(p, DTensor):
+        return whole
+    chunks, rank = whole.chunk(p.device_mesh.size()), p.device_mesh.get_local_rank()
+    return chunks[rank] if rank < len(chunks) else whole[:0]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized, for the matrices (Keller Jordan, 2024; arXiv 2502.16982); fused AdamW for the rest.
 
     Groups carry `kind` ("muon" or "adamw"), `lr`, `weight_decay`; muon groups also `momentum` and `split`: how many
     stacked matrices the rows of each parameter hold (fused projections are orthogonalized one by one). `dtype` is the
-    arithmetic of the Newton-Schulz steps: "float32", "bfloat16", or None for the device's fast one.
+    arithmetic of the Newton-Schulz steps: "float32", "bfloat16", or None for the device's fast one. Weights may be
+    sharded (FSDP2): every rank then gathers and orthogonalizes all updates, and applies its rows.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, dtype: str | None = None) -> None:
@@ -75,14 +90,15 @@ class Muon(torch.optim.Optimizer):
             momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
             rows = p.shape[-2] // parts
-            shape = (-1, rows, p.shape[-1])
-            by_shape[shape[1:]].append((p.view(shape), update.view(shape)))
+            shape = (rows, p.shape[-1])
+            by_shape[shape].append((p, _whole(update).view(-1, *shape)))
         for (rows, columns), pairs in by_shape.items():
             updates = torch.cat([update for _, update in pairs])
             updates = orthogonalize(updates.to(self.dtype or fast_dtype(updates.device)))
             rate = group["lr"] * max(1, rows / columns) ** 0.5
-            for (p, _), update in zip(pairs, updates.split([len(p) for p, _ in pairs]), strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+            for (p, _), update in zip(pairs, updates.split([len(part) for _, part in pairs]), strict=True):
+                mine = p.to_local() if isinstance(p, DTensor) else p
+                mine.mul_(1 - group["lr"] * group["weight_decay"]).add_(_shard(update.reshape(p.shape), p), alpha=-rate)
 
     def _adamw(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]

@@ -183,8 +183,6 @@ def make_trainer(config: DictConfig, settings: Mapping[str, Any]) -> lightning.T
         devices=settings["trainer"].get("devices", "auto"),
         default_root_dir=HydraConfig.get().runtime.output_dir,
     )
-    if isinstance(trainer.strategy, FSDP) and str(config.optimizer.get("_target_")).endswith(".muon"):
-        raise ElaraError("optimizer=muon needs whole matrices, which trainer=fsdp shards: take optimizer=adamw")
     return trainer
 
 

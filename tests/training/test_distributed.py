@@ -19,20 +19,21 @@ from tests.conftest import alive, descendants
 pytestmark = pytest.mark.slow
 
 # At first AdamW takes little more than the sign of a gradient: a large eps keeps float noise from growing
-SAME = ["model.dropout=0", "optimizer=adamw", "optimizer.lr=3e-3", "optimizer.eps=1e-4"]
+ADAMW = ["optimizer=adamw", "optimizer.lr=3e-3", "optimizer.eps=1e-4"]
 QUIET = ["~callbacks.samples", "~callbacks.acceptance"]
 DDP = ["trainer=ddp_cpu", "data.batch_size=2"]
 FSDP = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
 SHAPES = {
-    "default": [],
-    "random masks and accumulation": ["tidar=block_diffusion", "trainer.accumulate_grad_batches=2"],
-    "whole stack twice, recomputed": ["trm=depth2_stack", "trm.checkpoint=true"],
+    "default": ADAMW,
+    "random masks and accumulation": [*ADAMW, "tidar=block_diffusion", "trainer.accumulate_grad_batches=2"],
+    "whole stack twice, recomputed": [*ADAMW, "trm=depth2_stack", "trm.checkpoint=true"],
+    "muon": ["optimizer=muon", "optimizer.eps=1e-4", "optimizer.dtype=float32"],
 }
 
 
 def losses(home, name: str, *overrides: str) -> list[list[float]]:
     """Every loss and gradient norm of a finished run, by step."""
-    done = home.run(*home.tiny(f"name={name}", *SAME, *QUIET, *overrides))
+    done = home.run(*home.tiny(f"name={name}", "model.dropout=0", *QUIET, *overrides))
     assert done.returncode == 0, done.stderr
     rows = home.rows(home.only_run(name))
     columns = [c for c in rows[0] if "loss" in c or c == "train/grad_norm" or c.endswith("/max_vio")]
@@ -138,14 +139,14 @@ def test_an_error_of_all_ranks_is_said_once(home) -> None:
 
 def test_torchruns_ranks_share_one_folder_and_decide_how_many_there_are(home) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "elara.train"]
-    options = home.tiny("name=torchrun", "trainer=ddp_cpu", "trainer.devices=1", "data.batch_size=2", *SAME, *QUIET)
+    options = home.tiny("name=torchrun", "trainer=ddp_cpu", "trainer.devices=1", "data.batch_size=2", "model.dropout=0", *ADAMW, *QUIET)
     done = subprocess.run(
         [*launcher, *options], cwd=home.path, env=home.env(), capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     run = Run(home.only_run("torchrun"))
     assert run.read_summary()["world_size"] == 2
-    assert losses(home, "torchrun-one", "data.batch_size=4")[-1][0] == pytest.approx(
+    assert losses(home, "torchrun-one", "data.batch_size=4", *ADAMW)[-1][0] == pytest.approx(
         float(home.rows(run.path)[-1]["train/loss"]), rel=1e-4
     )
 
