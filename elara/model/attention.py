@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elara.config import ElaraConfig
+from elara.model import attention_cpu
+from elara.model.attention_cpu import CHUNK
 from elara.model.cache import KVCache
 from elara.model.linear import Linear
 from elara.model.moe import DraftRouting
 from elara.model.norm import RMSNorm
 from elara.model.section import MaskSection
 
-CHUNK = 64  # mask queries per chunk: small enough to skip most hidden keys, whole enough for good matmuls
 FEW_QUERIES = 16  # below, plain matmuls are the slower ones in decoding
+KEPT_LIMIT = 1 << 21  # bytes of one head's square of scores up to which training on a CPU keeps its softmax
 PLAIN_LIMIT = 512 * 512  # queries x keys up to which plain bf16 matmuls beat the CPU's flash kernel (2-7x in training)
 
 
@@ -113,9 +115,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """x: (batch, seq + section, n_embd), already normed; `layer` is the effective layer's place in the cache."""
-        batch, total, _ = x.shape
+        qkv = self.qkv(x).unflatten(2, (-1, self.head_dim))  # (batch, seq + section, heads, head_dim)
+        if _trains_on_cpu(qkv, view):
+            y = attention_cpu.attention(
+                qkv, self.q_norm.weight, self.k_norm.weight, view.cos, view.sin,
+                heads=self.n_head, eps=self.q_norm.eps, seq=view.seq, chunks=view.chunks,
+            )  # fmt: skip
+        else:
+            y = self._attention(qkv, view, layer)
+        out: Tensor = self.out(y)
+        return out
+
+    def _attention(self, qkv: Tensor, view: View, layer: int) -> Tensor:
+        """qkv: (batch, seq + section, heads + 2 kv heads, head_dim) -> (batch, seq + section, heads * head_dim)."""
+        batch, total = qkv.shape[:2]
         heads, kv, seq = self.n_head, self.n_kv_head, view.seq
-        qkv = self.qkv(x).view(batch, total, heads + 2 * kv, self.head_dim)
         q, k, v = qkv.split([heads, kv, kv], dim=2)
         q = _rotate(self.q_norm(q), view).transpose(1, 2)  # (batch, heads, total, head_dim)
         k = _rotate(self.k_norm(k), view).transpose(1, 2)
@@ -131,8 +145,7 @@ class Attention(nn.Module):
             chunk_values = torch.cat([values[:, :, :read], v[:, :, here]], 2)
             parts.append(_attend(q[:, :, here], chunk_keys, chunk_values, mask))
         y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-        out: Tensor = self.out(y.transpose(1, 2).reshape(batch, total, -1))
-        return out
+        return y.transpose(1, 2).reshape(batch, total, -1)
 
     def skip(self, x: Tensor, view: View, layers: list[int]) -> None:
         """Fill the cache of effective layers that are not computed with keys and values of the state in front of them.
@@ -147,6 +160,17 @@ class Attention(nn.Module):
         k = _rotate(self.k_norm(k), view)
         for layer in layers:
             view.cache.append(layer, k.transpose(1, 2), v.transpose(1, 2))
+
+
+def _trains_on_cpu(qkv: Tensor, view: View) -> bool:
+    return (
+        qkv.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and view.cache is None
+        and view.causal
+        and view.seq**2 * qkv.itemsize <= KEPT_LIMIT
+        and not torch.compiler.is_compiling()  # the compiler fuses in its own way
+    )
 
 
 def _rotate(x: Tensor, view: View) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.profilers import Profiler
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import record_function
 
 from elara.model import ElaraLM

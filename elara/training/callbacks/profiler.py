@@ -66,8 +66,8 @@ class StepProfiler(Callback):
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self._first = trainer.global_step + 1
         self._ranges.enter_context(profiling.attach(module))
-        self._ranges.callback(setattr, trainer, "profiler", trainer.profiler)
-        trainer.profiler = profiling.Actions()
+        self._ranges.callback(setattr, trainer, "profiler", trainer.profiler)  # type: ignore[attr-defined]
+        trainer.profiler = profiling.Actions()  # type: ignore[attr-defined]
         self._profile = profile(activities=activities)
         self._profile.start()
         self._begin = _now()
