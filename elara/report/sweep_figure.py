@@ -225,7 +225,7 @@ class _Sweep:
             axes.errorbar([float(group.values[i]) for group in line], [spread.mean for spread in spreads],
                           yerr=errors if any(errors) else None, fmt="o-", markersize=5, capsize=3,
                           linewidth=1.5 if told_apart else 0.9, label=words or None,
-                          color=PALETTE[place] if told_apart else GREY, alpha=1 if told_apart else 0.6)  # fmt: skip
+                          color=PALETTE[place if told_apart else 0], alpha=1 if told_apart else 0.6)  # fmt: skip
         best = self.groups[0]
         axes.plot(float(best.values[i]), self.losses[0], "o", markersize=11, markerfacecolor="none",
                   markeredgecolor=DARK, markeredgewidth=1.4, zorder=5)  # fmt: skip

@@ -9,7 +9,7 @@ from html import escape
 from elara.report import page
 from elara.report.comparison import Comparison
 from elara.report.measures import label, measured, measured_of_groups, short_keys, tidy
-from elara.report.outcome import Outcome
+from elara.report.outcome import Outcome, log_tail
 from elara.report.run_page import alert
 from elara.report.summary import DEFAULT, counts, runs_of
 from elara.report.sweep_figure import panels
@@ -21,6 +21,7 @@ def sweep_page(comparison: Comparison, runs: Mapping[str, str], link: Callable[[
         page.heading(comparison.folder, comparison.title),
         page.state(counts(comparison).rstrip("."), "failed" if comparison.failed else "finished"),
         page.figures(_headline(comparison), "few"),
+        page.log(log_tail(comparison.folder / "best.txt", 10)),  # of a search: the best trial's command
         _pictures(comparison),
         _seeds(comparison),
         "<h2>Every job</h2>",

@@ -241,12 +241,15 @@ def test_a_sweep_in_which_nothing_finished(made_up: Callable[..., Path]) -> None
     assert "2 jobs: 2 failed" in page.text and not page.all("svg")
 
 
-def test_pictures_of_a_search_are_taken_along(made_up: Callable[..., Path], run: Run) -> None:
+def test_what_a_search_found_is_taken_along(made_up: Callable[..., Path], run: Run) -> None:
     folder = made_up([(["moe=a"], 1.0), (["moe=b"], 2.0)])
     for name in ("importance.png", "summary.png"):
         shutil.copy(run.plots / "loss.png", folder / name)
+    (folder / "best.txt").write_text("# val/loss_ar 1\npython -m elara.train moe=<a>\n", "utf-8")
     page = Page(write_report(folder)[0])
+    check_alone(page)
     assert [a["alt"] for a in page.all("img")] == ["importance"]
+    assert "python -m elara.train moe=<a>" in page.inside("pre")[0]
 
 
 Call = Callable[..., tuple[int, str, str]]

@@ -147,7 +147,7 @@ def test_states_of_a_job(made_up: Made) -> None:
     (folder / "2" / "job.json").unlink()
     (folder / "2" / "summary.json").unlink()  # trains, or was killed
     (folder / "3" / "summary.json").write_text('{"finished": false, "steps": 20}', "utf-8")
-    (folder / "3" / "job.json").write_text('{"exit_code": null, "pruned_at": 20}', "utf-8")
+    (folder / "3" / "job.json").write_text('{"exit_code": 130, "pruned_at": 20}', "utf-8")
     (folder / "4" / "summary.json").unlink()  # callbacks=minimal
     comparison = compare(folder)
     assert [job.state for job in comparison.jobs] == ["finished", "finished", "unfinished", "pruned", "finished"]
