@@ -33,8 +33,7 @@ def search(config: DictConfig) -> None:
         if importlib.util.find_spec(module) is None:
             raise ElaraError(f"a search needs the package {package}: pip install 'elara-hivemind[sweep]'")
     fixed = merged(wanted.base, wanted.overrides)
-    callbacks = [f"callbacks={wanted.callbacks}"] if wanted.callbacks else []
-    steps = compose(merged(callbacks, fixed), space)
+    steps = compose(merged(wanted.callbacks(), fixed), space)
     from elara.sweep.run import run  # behind the checks, which a search without Optuna or with a typo does not pass
 
     run(wanted, space, fixed, steps, Path(HydraConfig.get().runtime.output_dir))

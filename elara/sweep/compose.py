@@ -53,7 +53,7 @@ def compose(fixed: Sequence[str], space: Sequence[Parameter]) -> Steps:
         if not any(str(part.get("_target_", "")).endswith((".CSV", ".csv")) for part in _parts(config, "logger")):
             raise ElaraError("a search reads metrics.csv, which the trials' logger does not write: take logger=csv")
         if not any(str(part.get("_target_", "")).endswith(".Metrics") for part in _parts(config, "callbacks")):
-            raise ElaraError("a search needs the callback `metrics` in its trials: take callbacks=search")
+            raise ElaraError("a search needs the callback `metrics` in its trials: take trial_callbacks=search")
     return Steps(_largest(configs, "max_steps"), _largest(configs, "val_check_interval"))
 
 

@@ -50,11 +50,15 @@ class SearchConfig:
     seed: int = 1
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
-    callbacks: str | None = "search"
+    trial_callbacks: str | None = "search"
     base: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     space: dict[str, Any] = field(default_factory=dict)
     dead: list[str] = field(default_factory=list)
+
+    def callbacks(self) -> list[str]:
+        """The override that chooses the trials' callbacks, if any."""
+        return [f"callbacks={self.trial_callbacks}"] if self.trial_callbacks else []
 
 
 def check(wanted: SearchConfig) -> None:

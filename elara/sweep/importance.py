@@ -16,7 +16,7 @@ from elara.sweep.records import Record, projected
 from elara.sweep.space import Parameter
 
 LEAST = 10  # trials; measured on synthetic searches: with fewer the order of the keys is chance
-RESAMPLES = 24  # sets of trials, drawn with replacement, that the range comes from
+RESAMPLES = 16  # sets of trials, drawn with replacement, that the range comes from
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def importances(records: Sequence[Record], space: Sequence[Parameter]) -> list[I
         return None
     whole = _shares(trials, space)
     generator = np.random.default_rng(0)
-    drawn = [_shares([trials[i] for i in generator.integers(len(trials), size=len(trials))], space)
+    drawn = [_shares([trials[i] for i in generator.integers(len(trials), size=len(trials))], space, trees=24)
              for _ in range(RESAMPLES)]  # fmt: skip
     found = []
     for parameter in space:
@@ -49,7 +49,9 @@ def importances(records: Sequence[Record], space: Sequence[Parameter]) -> list[I
     return sorted(found, key=lambda importance: -importance.share)
 
 
-def _shares(trials: Sequence[tuple[dict[str, Any], float]], space: Sequence[Parameter]) -> dict[str, float]:
+def _shares(
+    trials: Sequence[tuple[dict[str, Any], float]], space: Sequence[Parameter], trees: int = 64
+) -> dict[str, float]:
     if len({value for _, value in trials}) < 2:
         return {}
     study = optuna.create_study()
@@ -58,7 +60,7 @@ def _shares(trials: Sequence[tuple[dict[str, Any], float]], space: Sequence[Para
         study.add_trial(optuna.trial.create_trial(params=values, distributions=distributions, value=value))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+        return get_param_importances(study, evaluator=FanovaImportanceEvaluator(n_trees=trees, seed=0))
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

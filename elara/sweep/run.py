@@ -20,11 +20,11 @@ def run(wanted: SearchConfig, space: Sequence[Parameter], fixed: Sequence[str], 
     announce(wanted, space, steps, study, folder)
     search = Search(wanted, fixed, study, folder)
     search.run()
-    records = study.records()
-    if records:
-        say("")
-        for line in write(records, wanted, space, fixed, folder):
-            say(line)
+    with study.alone("report", grace=300):  # read inside, so that the last one to write knows most
+        records = study.records()
+        told = write(records, wanted, space, fixed, folder) if records else []
+    for line in ["", *told]:
+        say(line)
     ended = sum(record.state in ("complete", "pruned") for record in records)
     if search.stopping == INTERRUPTED:
         raise Interrupted(f"interrupted at {ended} of {wanted.trials} trials: the same command goes on", saved=True)

@@ -85,7 +85,7 @@ class Search:
                 self._look = False  # until a trial of ours ends: it may have failed and left its place
                 return
             trial, searched = begun
-            overrides = merged(self._callbacks(), self.fixed, searched)
+            overrides = merged(self.wanted.callbacks(), self.fixed, searched)
             run = Run(self.folder / str(trial.number))
             shutil.rmtree(run.path, ignore_errors=True)  # of a study that began anew in this folder
             slot = min(set(range(self.wanted.jobs)) - {running.slot for running in self.running})
@@ -156,9 +156,6 @@ class Search:
         self.stopping = self.stopping or reason
         for running in self.running:
             running.process.stop(grace)
-
-    def _callbacks(self) -> list[str]:
-        return [f"callbacks={self.wanted.callbacks}"] if self.wanted.callbacks else []
 
     def _environment(self, slot: int) -> dict[str, str]:
         """Threads and GPU of the trial in a slot, so that trials that run together share the machine."""

@@ -47,10 +47,9 @@ class SharedStudy:
         self.wanted, self.space, self.steps = wanted, space, steps
         self.host = socket.gethostname()
         self.revived: list[int] = []  # trials of a search that was killed, which are to run again
-        self._lock = JournalFileOpenLock(str(folder / "start"))
-        self._sampler_seed = 0
+        self.folder = folder
         journal = folder / JOURNAL
-        with self._locked():
+        with self.alone("start"):
             _mend(journal)
             try:
                 self._storage = JournalStorage(JournalFileBackend(str(journal), JournalFileOpenLock(str(journal))))
@@ -61,7 +60,7 @@ class SharedStudy:
 
     def start(self) -> tuple[Trial, list[str]] | None:
         """The next trial and its searched overrides; None while the study has all that it needs, run or running."""
-        with self._locked():
+        with self.alone("start"):
             trials = self.study.get_trials(deepcopy=False)
             taken = sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING) for t in trials)
             if taken >= self.wanted.trials:
@@ -156,12 +155,18 @@ class SharedStudy:
                 self.revived.append(trial.number)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        self._lock.acquire()
+    def alone(self, what: str, grace: int = 30) -> Iterator[None]:
+        """Let one process at a time, of whatever machine, do `what` in this folder; locks expire after `grace` s.
+
+        The lock is a file that only one can create, which network folders keep to as well.
+        """
+        lock = JournalFileOpenLock(str(self.folder / what), grace)
+        lock.acquire()
         try:
             yield
         finally:
-            self._lock.release()
+            with contextlib.suppress(RuntimeError):  # taken away, as this process was very slow
+                lock.release()
 
 
 def make_sampler(wanted: SearchConfig, seed: int) -> BaseSampler:

@@ -1,0 +1,202 @@
+"""The shared study: exact numbers under contention, what becomes of the dead, draws that do not repeat."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from elara.errors import ElaraError
+from elara.sweep.config import SamplerConfig
+from elara.sweep.study import STOPPED, SharedStudy
+from tests.sweep.conftest import SPACE, open_study
+
+SPAWN = multiprocessing.get_context("spawn")
+COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def begin(study: SharedStudy) -> tuple[optuna.Trial, list[str]]:
+    begun = study.start()
+    assert begun is not None
+    return begun
+
+
+def in_process(task: Callable, *arguments: object) -> None:
+    """Run `task` in a process that ends without a word to anybody, as a killed one does."""
+    process = SPAWN.Process(target=task, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 or process.exitcode == -signal.SIGKILL
+
+
+def start_and_die(folder: Path, host: str | None = None, complete: int = 0, start: int = 1, **wanted: object) -> None:
+    if host is not None:
+        socket.gethostname = lambda: host  # a process of another machine
+    study = open_study(folder, **wanted)
+    for _ in range(complete):
+        study.complete(begin(study)[0], 1.0)
+    for _ in range(start):
+        begin(study)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work(folder: Path, results: multiprocessing.Queue) -> None:
+    study = open_study(folder, trials=24)
+    done = 0
+    while (begun := study.start()) is not None:
+        study.complete(begun[0], float(begun[0].number))
+        done += 1
+    results.put(done)
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_study_reach_its_number_exactly(tmp_path: Path):
+    results = SPAWN.Queue()
+    workers = [SPAWN.Process(target=work, args=(tmp_path, results)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    counts = [results.get(timeout=100) for _ in workers]
+    for worker in workers:
+        worker.join()
+    records = open_study(tmp_path, trials=24).records()
+    assert sum(counts) == 24
+    assert [(record.number, record.state) for record in records] == [(number, "complete") for number in range(24)]
+    assert len({record.values["lr"] for record in records}) == 24, "processes with one seed draw different values"
+
+
+def test_running_trials_count_until_they_fail(tmp_path: Path):
+    study = open_study(tmp_path, trials=2)
+    first, _ = begin(study)
+    second, _ = begin(study)
+    assert study.start() is None
+    study.fail(second, "it broke")
+    third, _ = begin(study)
+    study.prune(third)
+    study.complete(first, 1.0)
+    assert study.start() is None
+    assert [(record.state, record.error) for record in study.records()] == [
+        ("complete", None), ("failed", "it broke"), ("pruned", None),
+    ]  # fmt: skip
+
+
+def test_trials_of_a_killed_search_are_run_again_with_the_same_values(tmp_path: Path):
+    in_process(start_and_die, tmp_path, None, 1, 2)
+    study = open_study(tmp_path, trials=3)
+    before = study.records()
+    assert [record.state for record in before] == ["complete", "stopped", "stopped"]
+    assert study.revived == [1, 2]
+    again = [begin(study), begin(study)]
+    assert [overrides for _, overrides in again] == [record.overrides for record in before[1:]]
+    assert study.start() is None
+
+
+def test_a_trial_that_kills_its_search_every_time_is_given_up(tmp_path: Path):
+    for _ in range(3):
+        in_process(start_and_die, tmp_path)
+    study = open_study(tmp_path)
+    assert study.revived == []
+    records = study.records()
+    assert [record.state for record in records] == ["stopped"] * 3
+    assert len({record.values["lr"] for record in records}) == 1
+    begin(study)
+    assert study.records()[-1].values["lr"] != records[0].values["lr"]
+
+
+def test_trials_of_living_processes_and_of_other_machines_are_left_alone(tmp_path: Path):
+    mine = open_study(tmp_path)
+    begin(mine)
+    in_process(start_and_die, tmp_path, "far-away")
+    other = open_study(tmp_path)
+    assert other.revived == []
+    assert [(record.state, record.host) for record in other.elsewhere()] == [("running", "far-away")]
+    assert open_study(tmp_path, dead=["nobody"]).revived == []
+    assert open_study(tmp_path, dead=["far-away"]).revived == [1]
+    assert [record.state for record in mine.records()] == ["running", "stopped"]
+
+
+def test_a_trial_that_was_stopped_comes_again_before_new_ones(tmp_path: Path):
+    study = open_study(tmp_path)
+    trial, overrides = begin(study)
+    study.give_back(trial)
+    assert study.records()[0].error == STOPPED
+    assert begin(study)[1] == overrides
+
+
+def test_draws_depend_on_seed_and_trial_only(tmp_path: Path):
+    def draws(folder: Path, restarts: bool, seed: int) -> list[list[str]]:
+        folder.mkdir()
+        study, found = open_study(folder, seed=seed), []
+        for number in range(12):
+            trial, overrides = begin(study)
+            study.complete(trial, (trial.params["lr"] - 0.01) ** 2 + number % 3)
+            found.append(overrides)
+            if restarts:
+                study = open_study(folder, seed=seed)
+        return found
+
+    once = draws(tmp_path / "a", False, 1)
+    assert draws(tmp_path / "b", True, 1) == once
+    assert draws(tmp_path / "c", False, 2) != once
+    assert len({tuple(overrides) for overrides in once}) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+def test_the_sampler_learns_where_the_good_values_lie(tmp_path: Path, sampler: str):
+    space = {"a": {"type": "float", "low": -5, "high": 5}, "b": {"type": "float", "low": -5, "high": 5}}
+    study = open_study(tmp_path, space=space, trials=60, sampler=SamplerConfig(sampler, 8))
+    while (begun := study.start()) is not None:
+        values = begun[0].params
+        study.complete(begun[0], (values["a"] - 2) ** 2 + (values["b"] + 1) ** 2)
+    losses = [record.value or 0.0 for record in study.records()]
+    assert sum(losses[40:]) / 20 < 0.35 * sum(losses[:8]) / 8
+
+
+def test_a_study_with_results_keeps_what_it_was_begun_with(tmp_path: Path):
+    study = open_study(tmp_path, fixed=["a=1"])
+    study.complete(begin(study)[0], 1.0)
+    open_study(tmp_path, fixed=["a=1"], trials=99)
+    changes: list[tuple[dict, str]] = [
+        ({"fixed": ["a=2"]}, "another overrides"),
+        ({"fixed": ["a=1"], "metric": "val/loss"}, "another metric"),
+        ({"fixed": ["a=1"], "direction": "maximize"}, "another direction"),
+        ({"fixed": ["a=1"], "space": {**SPACE, "lr": {**SPACE["lr"], "high": 0.2}}}, "another space"),
+    ]
+    for change, words in changes:
+        with pytest.raises(ElaraError, match=words):
+            open_study(tmp_path, **change)
+
+
+def test_a_study_without_results_may_be_corrected(tmp_path: Path):
+    study = open_study(tmp_path, fixed=["typo=1"])
+    study.fail(begin(study)[0], "unknown key")
+    corrected = open_study(tmp_path, fixed=["a=1"])
+    assert corrected.records() == []
+    assert begin(corrected)[0].number == 0
+
+
+def test_half_a_line_at_the_end_of_the_journal_is_mended(tmp_path: Path):
+    study = open_study(tmp_path)
+    study.complete(begin(study)[0], 1.0)
+    with open(tmp_path / "journal.log", "a", encoding="utf-8") as file:
+        file.write('{"op_code":5,"work')  # as a full disk leaves it
+    study = open_study(tmp_path)
+    study.complete(begin(study)[0], 2.0)
+    assert [record.value for record in open_study(tmp_path).records()] == [1.0, 2.0]
+
+
+def test_a_journal_that_is_damaged_is_one_line(tmp_path: Path):
+    study = open_study(tmp_path)
+    study.complete(begin(study)[0], 1.0)
+    journal = tmp_path / "journal.log"
+    lines = journal.read_text("utf-8").splitlines(keepends=True)
+    journal.write_text("".join([*lines[:3], "no json\n", *lines[3:]]), "utf-8")
+    with pytest.raises(ElaraError, match=r"journal\.log cannot be read .* move it away"):
+        open_study(tmp_path)
