@@ -87,13 +87,18 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, RuntimeError) and "write" not in str(error):
             raise  # not about the disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        message = f"cannot write the checkpoint {path}: {reason}; make room, then continue with resume=auto"
-        raise ElaraError(message) from error
+        raise unwritable(path, error) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return path
+
+
+def unwritable(path: Path, error: Exception) -> ElaraError:
+    """What to tell the user when a checkpoint could not be written."""
+    number = getattr(error, "errno", None)
+    reason = os.strerror(number) if number else str(error).splitlines()[0]
+    return ElaraError(f"cannot write the checkpoint {path}: {reason}; make room, then continue with resume=auto")
 
 
 def load(path: Path | str, *, device: torch.device | str = "cpu", precision: str = "float32") -> Loaded:

@@ -5,6 +5,7 @@ Every rank writes what it holds; any number of ranks, or one process without a g
 
 from __future__ import annotations
 
+import errno
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,13 +26,13 @@ from elara.errors import ElaraError
 def write(folder: Path, state: Mapping[str, Any]) -> None:
     """Write a state dict whose tensors may be sharded (DTensor); every rank of the process group calls this.
 
-    Raises ElaraError on every rank when one of them cannot write.
+    Raises OSError on every rank when one of them cannot write.
     """
     try:
         save(dict(state), checkpoint_id=folder)
     except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise ElaraError(f"cannot write {folder}: {getattr(reason, 'strerror', None) or reason}") from error
+        reason: Any = next(iter(error.failures.values()))[0]
+        raise OSError(getattr(reason, "errno", None) or errno.EIO, str(reason), str(folder)) from error
 
 
 def read(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:

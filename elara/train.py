@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from elara import launch
 from elara.cli import config_path, hydra_main, register_resolvers
 from elara.overrides import quoted, without
-from elara.sweep import multirun, ray_launcher
+from elara.sweep import multirun
 from elara.training import resume
 from elara.training.config import register
 
@@ -20,7 +20,7 @@ def train(config: DictConfig) -> None:
     """Run the training that `config` describes: here, in one process per device, or, in a sweep, in one per job."""
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
-        multirun.run_job()
+        multirun.run_job(config.sweep.ray)
         return
     # torch and Lightning take seconds to import: a typo or `--cfg job` should not wait for them
     if not launch.is_rank() and config.trainer.get("strategy", "auto") != "auto":
@@ -47,7 +47,6 @@ def rewrite(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Console script `elara-train`."""
     register()
-    ray_launcher.register()
     hydra_main("train", train, rewrite)
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ from elara.errors import ElaraError, Interrupted
 from elara.launch import child_environment, signal_name
 from elara.overrides import is_override, key_of, quoted, value_of, without
 from elara.runs import Run, sweep_root
+from elara.sweep.cluster import Cluster
 
 MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
 MOST_FAILED = 125  # exit codes above it mean something else to a shell
 NOT_THE_JOBS = ("launcher", "sweep", "hydra")  # what concerns the sweep, not the runs in it
+
+_cluster: Cluster | None = None  # of the sweep that this process coordinates
 
 
 @dataclass
@@ -67,12 +71,19 @@ class Job:
         return Run(self.sweep / str(self.number))
 
 
-def run_job() -> None:
-    """Execute the job that Hydra has set up in this process."""
+def run_job(ray: Mapping[str, Any] | None) -> None:
+    """Execute the job that Hydra has set up in this process, or, with the settings of `sweep.ray`, send it away."""
+    global _cluster
     hydra: Any = HydraConfig.get()
     found = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     options = [part for path in found for part in ("--config-dir", path)]  # the job needs it too
-    execute(Job(Path(hydra.sweep.dir), int(hydra.job.num), list(hydra.overrides.task), options))
+    job = Job(Path(hydra.sweep.dir), int(hydra.job.num), list(hydra.overrides.task), options)
+    if ray is None:
+        execute(job)
+        return
+    if _cluster is None:
+        _cluster = Cluster(**ray)
+    _cluster.send(execute, job)
 
 
 def execute(job: Job) -> None:
@@ -104,8 +115,13 @@ class Report(Callback):
     """After the last job: the sweep's summary, and an exit code that says how many jobs failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
         try:
-            failed = _report(Path(config.hydra.sweep.dir))
+            if _cluster is not None:
+                _cluster.wait()
+            failed = _report(folder)
+        except KeyboardInterrupt:
+            fail(interrupted(folder))
         except Exception as error:  # Hydra would make a warning of it
             fail(error)
         if failed:
@@ -135,6 +151,10 @@ def rewrite(arguments: list[str]) -> list[str]:
 def go_on(sweep: Path) -> str:
     """The command that runs what a sweep still lacks."""
     return f"python -m elara.train sweep.resume={sweep}"
+
+
+def interrupted(sweep: Path) -> Interrupted:
+    return Interrupted(f"sweep interrupted; go on with: {go_on(sweep)}", saved=True)
 
 
 def newest_sweep(name: str, root: Path | None = None) -> Path:
@@ -190,7 +210,7 @@ def _train(run: Run, arguments: list[str], prefix: str) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
     if asked:
-        raise Interrupted(f"sweep interrupted; go on with: {go_on(run.path.parent)}")
+        raise interrupted(run.path.parent)
     return code
 
 

@@ -13,9 +13,19 @@ from elara.tokenizer.config import TokenizerConfig
 
 
 @dataclass
+class RayConfig:
+    """Where the jobs of a sweep go with `launcher=ray`."""
+
+    address: str | None = None  # auto = the cluster that `ray start` made; null = one on this machine
+    num_cpus: float = 1.0  # cores that a job reserves
+    num_gpus: float = 0.0  # GPUs that a job reserves, and sees
+
+
+@dataclass
 class SweepConfig:
     """What concerns a sweep as a whole (`-m`)."""
 
+    ray: RayConfig | None = None  # set by launcher=ray
     resume: str | None = None  # auto or a sweep folder: run the jobs of that sweep that are missing or failed
 
 

@@ -139,7 +139,8 @@ def test_an_error_of_all_ranks_is_said_once(home) -> None:
 
 def test_torchruns_ranks_share_one_folder_and_decide_how_many_there_are(home) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "elara.train"]
-    options = home.tiny("name=torchrun", "trainer=ddp_cpu", "trainer.devices=1", "data.batch_size=2", "model.dropout=0", *ADAMW, *QUIET)
+    same = ["data.batch_size=2", "model.dropout=0", *ADAMW, *QUIET]
+    options = home.tiny("name=torchrun", "trainer=ddp_cpu", "trainer.devices=1", *same)
     done = subprocess.run(
         [*launcher, *options], cwd=home.path, env=home.env(), capture_output=True, text=True, timeout=200
     )

@@ -19,6 +19,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elara import checkpoint
 from elara.errors import EXIT_SAVED, ElaraError
 from elara.overrides import key_of
 from elara.runs import Run
@@ -255,6 +256,8 @@ def test_the_best_checkpoint_is_an_artifact_without_the_trainers_state(logged: S
     assert set(files) == held - {"trainer.ckpt"}
     assert held > set(files)
     assert all(files[name].samefile(best / name) for name in files), "linked, not copied"
+    (kept,) = {path.parent for name, path in files.items() if "/" not in name}
+    assert checkpoint.load(kept).meta["step"] == int(best.name.removeprefix("step-"))
 
 
 def json_metrics(folder: Path) -> dict[str, float]:
@@ -321,6 +324,18 @@ def test_tensorboard_has_settings_samples_and_pictures(logged: SimpleNamespace) 
     assert hparams("session_end_info").status == 1  # success
 
 
+def test_rows_of_samples_stay_whole(tmp_path: Path) -> None:
+    on_paper = tmp_path / "wandb" / "samples.jsonl"
+    made_here = made(tmp_path, mode="offline")
+    made_here._send_samples = lambda rows, step: None  # nothing is sent: this is about what is kept
+    made_here.log_samples([("a", "one\u2028line\x85"), ("b", "x")], 5)
+    on_paper.write_text(on_paper.read_text("utf-8") + '[7, "killed he', "utf-8")
+    made_here.log_samples([("a", "two")], 9)
+    assert made_here._samples() == [[5, "a", "one\u2028line\x85"], [5, "b", "x"], [9, "a", "two"]]
+    made_here.log_samples([("a", "again")], 5)
+    assert made_here._samples() == [[5, "a", "again"]]
+
+
 # Resuming
 
 
@@ -343,7 +358,7 @@ def assert_joined(run: Path) -> None:
     )
     table = [row["samples"] for row in logs[-1].history if "samples" in row][-1]
     rows = json.loads((logs[-1].folder / "files" / table["path"]).read_text("utf-8"))["data"]
-    assert [row[0] for row in rows] == [8, 16, 24]
+    assert [row[0] for row in rows] == [step for step, row in figures.items() if "val/loss" in row]
     found = scalars(board(run))
     assert list(found) == list(figures)
     for step, wanted in figures.items():
@@ -364,6 +379,8 @@ def test_an_interrupted_run_is_marked_so_and_goes_on(
     (log,) = read_logs(run)
     assert (log.exit_code, log.preempting) == (EXIT_SAVED, True)
     assert [row["step"] for row in log.history if "train/loss" in row] == list(figures_of(run)), "nothing is lost"
+    meta = checkpoint.read_meta(Run(run).last)  # as if a validation had been due there: it comes before the training
+    checkpoint.write_json(Run(run).last / "meta.json", {**meta, "validation_due": True})
     done = home.run(f"resume={run}")
     assert done.returncode == 0, done.stderr
     assert [log.exit_code for log in read_logs(run)] == [EXIT_SAVED, 0]

@@ -69,8 +69,12 @@ class Checkpoint(Callback):
         self.saved_step = step
         for logger in trainer.loggers:
             logger.save()  # a row that the checkpoint lies behind must not be lost with the process
+        folder = self.run.path / "checkpoints" / f"step-{step}"
         if not trainer.is_global_zero:
-            trainer.save_checkpoint(self.run.path / "unused")  # takes part in gathering the shards
+            try:
+                trainer.save_checkpoint(folder)  # takes part in gathering states and in writing shards
+            except OSError as error:
+                raise checkpoint.unwritable(folder, error) from error
             module.saved_weights = {}
             return
 
@@ -80,7 +84,6 @@ class Checkpoint(Callback):
             module.saved_weights = {}
             return weights
 
-        folder = self.run.path / "checkpoints" / f"step-{step}"
         per_batch = trainer.datamodule.data.batch_size * trainer.world_size  # type: ignore[attr-defined]
         windows = (trainer.fit_loop.total_batch_idx + 1) * per_batch
         meta = {
