@@ -20,6 +20,7 @@ from elara.report.outcome import Outcome, State, read_outcome
 from elara.runs import Run
 
 SEED = "seed"
+MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,14 @@ class Comparison:
 def title_of(folder: Path) -> str:
     """What a folder is called: `<name>/<time>` of a run or sweep, `<study>` of a search, `..., job 3` inside one."""
     folder = folder.resolve()
-    if folder.name.isdecimal() and is_comparison(folder.parent):
+    if folder.name.isdecimal() and (Run(folder).job.exists() or (folder.parent / MULTIRUN).exists()):
         return f"{title_of(folder.parent)}, job {folder.name}"
     return folder.name if folder.parent.name in ("searches", "") else f"{folder.parent.name}/{folder.name}"
 
 
 def is_comparison(folder: Path) -> bool:
     """Whether a folder is that of a sweep or search: it was planned as one, or numbered jobs lie in it."""
-    return (folder / "multirun.yaml").is_file() or bool(_numbered(folder))
+    return (folder / MULTIRUN).is_file() or bool(_numbered(folder))
 
 
 def compare(folder: Path) -> Comparison:
@@ -143,7 +144,7 @@ def compare(folder: Path) -> Comparison:
     plan, found = planned(folder), _numbered(folder)
     numbers = sorted(set(found) | set(range(len(plan))))
     if not numbers:
-        raise ElaraError(f"{folder} is no sweep: there is no multirun.yaml and no numbered run folder in it")
+        raise ElaraError(f"{folder} is no sweep: there is no {MULTIRUN} and no numbered run folder in it")
     places = {n: Run(found.get(n, folder / str(n))) for n in numbers}
     jobs = [read_outcome(run, plan[n] if n < len(plan) else None) for n, run in places.items()]
     return Comparison(folder, tuple(jobs))
@@ -152,7 +153,7 @@ def compare(folder: Path) -> Comparison:
 def planned(folder: Path) -> list[list[str]]:
     """The overrides of every job that Hydra's multirun.yaml stands for, in order; [] where there is none."""
     try:
-        saved = yaml.safe_load((folder / "multirun.yaml").read_text("utf-8"))
+        saved = yaml.safe_load((folder / MULTIRUN).read_text("utf-8"))
         given = [str(text) for text in saved["hydra"]["overrides"]["task"]]
         (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None)
     except (OSError, yaml.YAMLError, TypeError, KeyError, HydraException):

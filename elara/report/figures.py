@@ -128,7 +128,8 @@ def _load_maps(columns: Columns, places: Sequence[str], figure: FigureBase) -> N
         axes.grid(False)
     rows[0].set_title("Load of each expert (1 = fair share)")
     rows[-1].set_xlabel("optimizer steps")
-    figure.colorbar(colours, ax=list(rows), label="load / fair share", shrink=0.8, extend="max")
+    figure.colorbar(colours, ax=list(rows), label="load / fair share", extend="max",
+                    shrink=min(0.8, 3.5 / len(places)))  # fmt: skip
 
 
 def _max_vio(columns: Columns, places: Sequence[str], figure: FigureBase) -> None:

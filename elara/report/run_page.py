@@ -64,10 +64,8 @@ def headline(outcome: Outcome) -> Iterator[tuple[str, str]]:
     ):
         if (value := outcome.at_best(name)) is not None:
             yield format(value, form), words
-    steps = outcome.summary.get("steps") if outcome.state == "finished" else None
-    total = _configured(outcome.run).get("trainer", {}).get("max_steps")
-    if steps or outcome.step:
-        yield f"{steps or outcome.step:,}", f"steps of {total:,}" if isinstance(total, int) else "steps"
+    if outcome.step:
+        yield f"{outcome.step:,}", f"steps{_of_total(outcome.run)}"
     if (speed := outcome.median("train/tokens_per_second")) is not None:
         yield amount(speed), "tokens per second, median"
     if (seconds := outcome.median("train/seconds_per_step")) is not None:
@@ -79,8 +77,16 @@ def headline(outcome: Outcome) -> Iterator[tuple[str, str]]:
 
 
 def _state_words(outcome: Outcome) -> str:
-    total = _configured(outcome.run).get("trainer", {}).get("max_steps")
-    return f"not finished, at step {outcome.step} of {total}" if outcome.state == "unfinished" else outcome.state
+    if outcome.state != "unfinished":
+        return outcome.state
+    return f"not finished, at step {outcome.step:,}{_of_total(outcome.run)}"
+
+
+def _of_total(run: Run) -> str:
+    """` of 800`, if the configuration tells."""
+    trainer = _configured(run).get("trainer")
+    total = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
+    return f" of {total:,}" if isinstance(total, int) else ""
 
 
 def alert(outcome: Outcome) -> str:
