@@ -43,6 +43,7 @@ class Monitoring(Callback):
         self._due = time.monotonic() + FIRST_GUESS / max(self.share, 1e-6)
         for monitor in self._monitors:
             monitor.resumed_step = module.resumed_step
+            monitor.more_follows = stage != "fit"
         if stage != "fit" or not self._monitors:
             return
         parts = count_parameters(module.model).values()  # now: a strategy may shard the model soon

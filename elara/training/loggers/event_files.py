@@ -89,7 +89,7 @@ class TensorBoard(Monitor):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self._open is None:
+        if self._open is None or (self.more_follows and status == "success"):
             return
         if status == "success" and self._session_end is not None:
             self._open._get_file_writer().add_summary(self._session_end)

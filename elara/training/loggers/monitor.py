@@ -18,11 +18,13 @@ class Monitor(Logger):
 
     resumed_step: step of the checkpoint that training went on from, set before the first figure; what was logged
     behind it, by the process that died, comes again.
+    more_follows: a validation is made up for, training comes behind it: `finalize` must not end anything.
     exit_code: how training ends, set before `finalize` where that is not a plain success or failure.
     checkpoints: which of them `log_checkpoint` is to be called with: none, best (when training ends) or all.
     """
 
     resumed_step = 0
+    more_follows = False
     exit_code = 0
     checkpoints = "none"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
 from elara import checkpoint
-from elara.errors import EXIT_INTERRUPTED, EXIT_SAVED, ElaraError
+from elara.errors import EXIT_ERROR, EXIT_SAVED, ElaraError
 from elara.report.metrics import read_metrics
 from elara.runs import Run
 from elara.training.loggers import naming
@@ -23,6 +24,7 @@ from elara.training.loggers.monitor import Monitor, shown
 
 MODES, CHECKPOINTS = ("auto", "online", "offline"), ("none", "best", "all")
 LOSS = "val/loss_ar"
+FLUSH = "x_transaction_log_flush_interval"
 FLUSH_SECONDS = 0.1  # how much a killed process may lose of what it logged; wandb's own default is 15
 LOG_HEADER = 7  # bytes of a log without a record
 REGROW = 1.1  # the table of samples is sent again when it has grown by so much; at the end in any case
@@ -164,7 +166,7 @@ class WeightsAndBiases(Monitor):
         rows = [row for row in self._samples() if row[0] < step] + [[step, *sample] for sample in samples]
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self._samples_file, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         if len(rows) >= REGROW * self._shown_samples:
             self._send_samples(rows, step)
 
@@ -192,12 +194,15 @@ class WeightsAndBiases(Monitor):
     def finalize(self, status: str) -> None:
         if self._run is None:
             return
+        if self.more_follows and status == "success":
+            self.save()
+            return
         rows = self._samples()
         if len(rows) > self._shown_samples:
             self._send_samples(rows, rows[-1][0])
         self.save()
-        code = self.exit_code or (0 if status == "success" else 1)
-        if code in (EXIT_SAVED, EXIT_INTERRUPTED):
+        code = self.exit_code or (0 if status == "success" else EXIT_ERROR)
+        if code == EXIT_SAVED:
             self._run.mark_preempting()
         self._run.finish(exit_code=code)
         self._run = None
@@ -207,6 +212,7 @@ class WeightsAndBiases(Monitor):
     def _begin(self) -> Any:
         import wandb
 
+        private: dict[str, Any] = {FLUSH: FLUSH_SECONDS} if FLUSH in wandb.Settings.model_fields else {}
         earlier = self._earlier_logs()
         about = {key: value for key, value in self.about.items() if key in ("project", "entity") or not earlier}
         try:
@@ -216,7 +222,7 @@ class WeightsAndBiases(Monitor):
                 resume="allow",
                 dir=str(self.folder.parent),
                 mode="online" if self.online else "offline",
-                settings=wandb.Settings(x_transaction_log_flush_interval=FLUSH_SECONDS),
+                settings=wandb.Settings(**private),
             )
         except wandb.errors.Error as error:
             reason = str(error).splitlines()[0].rstrip(".")
@@ -260,10 +266,12 @@ class WeightsAndBiases(Monitor):
 
     def _samples(self) -> list[list[Any]]:
         """All samples so far as [step, prompt, text]."""
-        try:
-            return [json.loads(line) for line in self._samples_file.read_text("utf-8").splitlines()]
-        except (OSError, ValueError):
-            return []
+        rows = []
+        if self._samples_file.exists():
+            for line in self._samples_file.read_text("utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # half a line of a process that was killed
+                    rows.append(json.loads(line))
+        return rows
 
     def _send_samples(self, rows: Sequence[Sequence[Any]], step: int) -> None:
         import wandb
@@ -283,7 +291,7 @@ def _kept(folder: Path, copy: Path) -> Path:
             shutil.copy2(source, target)
 
     def trainers(place: str, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name == checkpoint.TRAINER]
+        return [name for name in names if name in (checkpoint.TRAINER, checkpoint.OPTIMIZER)]
 
     shutil.copytree(folder, copy, ignore=trainers, copy_function=link)
     return copy
