@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from elara.errors import ElaraError
-from elara.sweep.config import SamplerConfig
+from elara.sweep.config import PrunerConfig, SamplerConfig
 from elara.sweep.study import STOPPED, SharedStudy
 from tests.sweep.conftest import SPACE, open_study
 
@@ -200,3 +200,41 @@ def test_a_journal_that_is_damaged_is_one_line(tmp_path: Path):
     journal.write_text("".join([*lines[:3], "no json\n", *lines[3:]]), "utf-8")
     with pytest.raises(ElaraError, match=r"journal\.log cannot be read .* move it away"):
         open_study(tmp_path)
+
+
+def curves(study: SharedStudy, losses: dict[int, float]) -> dict[int, int]:
+    """Let trials report an even loss at steps 10, 20, ... 100; returns the step each one came to."""
+    reached = {}
+    while (begun := study.start()) is not None:
+        trial = begun[0]
+        for step in range(10, 101, 10):
+            trial.report(losses[trial.number], step)
+            reached[trial.number] = step
+            if step < 100 and trial.should_prune():
+                study.prune(trial)
+                break
+        else:
+            study.complete(trial, losses[trial.number])
+    return reached
+
+
+def test_the_median_pruner_waits_for_its_trials_and_its_warmup(tmp_path: Path):
+    losses = {number: 2.0 + 0.1 * (number % 5) for number in range(12)}
+    reached = curves(open_study(tmp_path, trials=12, pruner=PrunerConfig("median", startup=3, warmup=40)), losses)
+    assert [reached[number] for number in range(3)] == [100] * 3
+    assert reached[4] == reached[9] == 40, "worse than the median, at the first look behind the warm-up"
+    assert reached[5] == reached[10] == 100, "the best"
+
+
+def test_hyperband_gives_most_steps_to_the_best(tmp_path: Path):
+    losses = {number: 2.0 + 0.1 * (number % 9) for number in range(45)}
+    reached = curves(open_study(tmp_path, trials=45, pruner=PrunerConfig("hyperband", reduction=3)), losses)
+    steps = {rank: sum(step for number, step in reached.items() if number % 9 == rank) for rank in (0, 8)}
+    assert steps[0] > 1.5 * steps[8]
+    assert sum(reached.values()) < 0.7 * 45 * 100
+    assert {10, 30} <= set(reached.values()), "the stages lie at the validations"
+
+
+def test_without_a_pruner_every_trial_comes_to_its_end(tmp_path: Path):
+    losses = {number: float(number) for number in range(8)}
+    assert set(curves(open_study(tmp_path, trials=8, pruner=PrunerConfig("none")), losses).values()) == {100}
