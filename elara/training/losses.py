@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from elara.model import ElaraLM, RoutingStats, draw_section
 from elara.model.linear import linear
+
+Average = Callable[[Tensor], Tensor]
 
 IGNORE = -100  # target that no loss counts
 ROWS = 256  # rows of logits alive at once for a large vocabulary: 256 x 50304 floats are 51 MB, not 400
@@ -27,18 +30,23 @@ class Losses:
     routing: RoutingStats
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Tensor:
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, weights: Tensor | None = None, over_ranks: Average | None = None
+) -> Tensor:
     """Mean cross entropy of `hidden @ weight.T` in nats, without keeping the logits of a large vocabulary.
 
     hidden: (rows, n_embd); weight: (vocab, n_embd); targets: (rows) ids, IGNORE is left out of the mean;
-    weights: (rows) factors on each row's loss, which do not change what the mean divides by.
+    weights: (rows) factors on each row's loss, which do not change what the mean divides by. over_ranks: averages the
+    number of targets over ranks, so that the mean of their losses is the mean over all targets of all of them.
     """
+    count = (targets != IGNORE).sum()
+    count = (count if over_ranks is None else over_ranks(count.float())).clamp(min=1)
     if len(weight) <= 4096 or len(hidden) <= ROWS:
         loss = F.cross_entropy(linear(hidden, weight).float(), targets, ignore_index=IGNORE, reduction="none")
         loss = loss if weights is None else loss * weights
-        return loss.sum() / (targets != IGNORE).sum().clamp(min=1)
+        return loss.sum() / count
     scale = (targets != IGNORE).float() if weights is None else weights * (targets != IGNORE)
-    scale = scale / (targets != IGNORE).sum().clamp(min=1)
+    scale = scale / count
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -94,12 +102,13 @@ def elara_loss(
     depth: int | None = None,
     pad_id: int = -1,
     place: tuple[int, int] = (0, 1),
+    over_ranks: Average | None = None,
 ) -> Losses:
     """The loss of one batch.
 
     tokens: (batch, seq + 1) ids; the first seq are read, the last seq predicted; `pad_id` marks padding, which is read
     as token 0 and never a target. generator: on the CPU, draws the supervised blocks and hidden tokens. place: (rank,
-    ranks) where `tokens` are one rank's rows of a global batch.
+    ranks) where `tokens` are one rank's rows of a global batch; over_ranks as in `cross_entropy`.
     """
     config = model.config.tidar
     pad = tokens == pad_id
@@ -109,7 +118,7 @@ def elara_loss(
     if config.block_length:
         section, supervision = draw_section(inputs, config, mask_id, generator, place)
     output = model(inputs, section=section, depth=depth)
-    ar = cross_entropy(output.hidden.flatten(0, 1), model.embed.weight, ar_targets.flatten())
+    ar = cross_entropy(output.hidden.flatten(0, 1), model.embed.weight, ar_targets.flatten(), over_ranks=over_ranks)
     total, diffusion = ar + output.routing.penalty, None
     if section is not None and supervision is not None:
         hidden_pad = pad[:, section.positions()[0].to(pad.device)]
@@ -118,6 +127,8 @@ def elara_loss(
         assert output.mask_hidden is not None
         previous = inputs[:, section.positions()[0].to(inputs.device) - 1]
         mask_hidden = model.chained(output.mask_hidden, previous).flatten(0, 1)
-        diffusion = cross_entropy(mask_hidden, model.diffusion_weight, targets.flatten(), weights=weights)
+        diffusion = cross_entropy(
+            mask_hidden, model.diffusion_weight, targets.flatten(), weights=weights, over_ranks=over_ranks
+        )
         total = total + config.loss_weight * diffusion
     return Losses(total, ar, diffusion, output.routing.penalty, output.routing)

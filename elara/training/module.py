@@ -31,6 +31,7 @@ class ElaraModule(lightning.LightningModule):
     callbacks read them every `log_every_n_steps`.
 
     optimizer: builds the optimizer from the model. schedule: gives the factor on its rate as a function of the step.
+    uneven: training windows may hold padding, so that ranks have different numbers of targets.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class ElaraModule(lightning.LightningModule):
         optimizer: Callable[[ElaraLM], torch.optim.Optimizer],
         schedule: Factor,
         chars_per_token: float | None = None,
+        uneven: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.seed = seed
         self.chars_per_token = chars_per_token
+        self.uneven = uneven
         self.strict_loading = False  # the trainer's state holds no weights: they come from model.safetensors
         self._optimizer, self._schedule = optimizer, schedule
         self.balancer = LoadBalancer(model, model.config.moe.bias_update_rate)
@@ -99,8 +102,9 @@ class ElaraModule(lightning.LightningModule):
         torch.set_autocast_cache_enabled(True)  # Lightning has it off; recursion would cast each weight once per pass
         generator, place = self._seeded("train", batch_idx), (self.global_rank, self.trainer.world_size)
         losses = elara_loss(
-            self.model, tokens, generator, self.tokenizer.mask_id, depth=self._depth(), place=place
-        )
+            self.model, tokens, generator, self.tokenizer.mask_id, depth=self._depth(), place=place,
+            over_ranks=self._mean_over_ranks if self.uneven and place[1] > 1 else None,
+        )  # fmt: skip
         self.balancer.add(losses.routing)
         self.train_means.update(self._parts(losses))
         return losses.total
@@ -178,6 +182,10 @@ class ElaraModule(lightning.LightningModule):
             return None
         low, high = bounds
         return low + _mix(self.seed, "depth", self.trainer.global_step) % (high - low + 1)
+
+    def _mean_over_ranks(self, count: Tensor) -> Tensor:
+        torch.distributed.all_reduce(count)
+        return count / self.trainer.world_size
 
     def _seeded(self, purpose: str, batch_idx: int) -> torch.Generator:
         # the last 0 was the rank, when ranks drew sections of their own: runs from then go on as they began

@@ -134,6 +134,7 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
         optimizer=factory(config.optimizer, "optimizer"),
         schedule=factory(config.schedule, "schedule")(config.trainer.max_steps),
         chars_per_token=val["characters"] / val["tokens"],
+        uneven=not data_config.cross_documents,
     )
     return Parts(trainer, module, data)
 

@@ -14,7 +14,7 @@ import torch
 from elara import checkpoint
 from elara.errors import EXIT_SAVED, ElaraError
 from elara.runs import Run
-from tests.conftest import alive, descendants
+from tests.conftest import alive, descendants, make_text
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +27,7 @@ SHAPES = {
     "default": ADAMW,
     "random masks and accumulation": [*ADAMW, "tidar=block_diffusion", "trainer.accumulate_grad_batches=2"],
     "whole stack twice, recomputed": [*ADAMW, "trm=depth2_stack", "trm.checkpoint=true"],
+    "padded windows": [*ADAMW, "data.cross_documents=false", "data.path=documents"],
     "muon": ["optimizer=muon", "optimizer.eps=1e-4", "optimizer.dtype=float32"],
 }
 
@@ -47,6 +48,9 @@ def agree(one: list[list[float]], other: list[list[float]]) -> bool:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ranks_compute_what_one_process_does(home, shape: str) -> None:
     names = [f"{kind}-{list(SHAPES).index(shape)}" for kind in ("one", "ddp", "fsdp")]
+    (home.path / "documents").mkdir(exist_ok=True)
+    for i in range(60):  # of lengths that leave some windows nearly empty
+        (home.path / "documents" / f"{i}.txt").write_text(make_text(20 + 37 * i % 190, i), "utf-8")
     steps = "trainer.max_steps=30"
     one = losses(home, names[0], "data.batch_size=4", steps, *SHAPES[shape])
     assert len(one) == 30
