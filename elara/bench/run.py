@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from elara import checkpoint
-from elara.bench import decoding, limits, memory, training
+from elara.bench import decoding, lightning, limits, loading, memory, training
 from elara.bench.measure import Figure
 from elara.bench.report import table, write
 from elara.config import ElaraConfig
@@ -85,8 +85,11 @@ def _trained(wanted: str, device: torch.device) -> decoding.Trained:
 
 def _size(name: str, **changes: int) -> ElaraConfig:
     """The architecture of a size with all three ideas on."""
-    sizes = [f"model.{key}={value}" for key, value in changes.items()]
-    composed = compose("train", overrides=[f"model={name}", *sizes])
+    return _composed(f"model={name}", *(f"model.{key}={value}" for key, value in changes.items()))
+
+
+def _composed(*overrides: str) -> ElaraConfig:
+    composed = compose("train", overrides=list(overrides))
     groups = {group: OmegaConf.to_container(composed[group]) for group in ("model", "moe", "trm", "tidar")}
     config = ElaraConfig.from_dict(groups)
     return replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or CHARACTERS))
@@ -127,6 +130,19 @@ def _memory(setting: Setting) -> Iterator[Figure]:
     yield from memory.memory(config, setting.device)
 
 
+def _lightning(setting: Setting) -> Iterator[Figure]:
+    yield from lightning.overhead(3 * setting.rounds, setting.device)
+
+
+def _data(setting: Setting) -> Iterator[Figure]:
+    # what takes the most tokens a second: nothing else could be held up sooner
+    on_gpu = setting.device.type == "cuda"
+    config = _composed("model=elara_124m", "tidar=none") if on_gpu else _composed("experiment=plain_char")
+    what, batch = ("elara_124m", 32) if on_gpu else ("experiment=plain_char", 12)
+    step, tokens = training.fastest_step(config, batch, setting.device)
+    yield from loading.loading(what, step, tokens, setting.device, setting.rounds)
+
+
 CASES: dict[str, Callable[[Setting], Iterator[Figure]]] = {
     "moe_layer": lambda s: training.moe_layer(_size("elara_124m"), s.device, s.rounds),
     "training_step": _training_step,
@@ -136,4 +152,6 @@ CASES: dict[str, Callable[[Setting], Iterator[Figure]]] = {
     "forward_cost": _forward_cost,
     "precision": lambda s: decoding.precision(_large(s.device), s.device, s.few),
     "memory": _memory,
+    "lightning": _lightning,
+    "data": _data,
 }

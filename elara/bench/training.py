@@ -17,6 +17,7 @@ from elara.model.mlp import MLP
 from elara.model.moe import MoE
 from elara.training.callbacks.throughput import flops_per_token
 from elara.training.losses import elara_loss
+from elara.training.precision import resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -96,6 +97,15 @@ def tidar_step(config: ElaraConfig, device: torch.device, rounds: int, batch: in
                 note=f"batch {batch} x {seq}, blocks of {tidar.block_length}",
             )
             yield _of_matmul(found, model, batch, seq, device, dtype)
+
+
+def fastest_step(config: ElaraConfig, batch: int, device: torch.device) -> tuple[Run, int]:
+    """Forward and backward in the precision that training takes here, without an optimizer; its number of tokens."""
+    seq = config.model.context_length
+    model = ElaraLM(config).to(device)
+    narrow = resolve("auto", device.type) == "bf16-mixed"
+    dtype = torch.bfloat16 if narrow else torch.float32
+    return _train(_step(model, batch, seq, device), device, dtype, model), batch * seq
 
 
 def _of_matmul(

@@ -7,19 +7,25 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
-from elara.bench import decoding, limits
+from elara.bench import decoding, lightning, limits, loading
 from elara.bench.graph import DecodeGraph
 from elara.bench.measure import WARM_UP, Figure, compare, figure, race
 from elara.bench.report import table, write
+from elara.cli import register_resolvers
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.decoding import SamplingConfig, generate
+from elara.errors import ElaraError
 from elara.model import ElaraLM, convert
 from elara.model.moe import MoE
+from elara.training.config import register
 
 CPU = torch.device("cpu")
 SIZES = ModelConfig(n_layer=2, n_embd=64, n_head=2, hidden=128, expert_hidden=64, vocab_size=64, context_length=128)
@@ -171,3 +177,34 @@ def test_a_run_writes_table_json_and_picture(tmp_path):
     peaks = {f["name"].split(":")[0]: f["subject"] for f in found["figures"] if f["unit"] == "bytes"}
     assert peaks["int4"] < peaks["bfloat16"] < peaks["float32"]
     assert (tmp_path / "bench.png").exists()
+
+
+def tiny_run(*overrides: str) -> list[str]:
+    sizes = {"n_embd": 32, "n_head": 2, "hidden": 32, "expert_hidden": 32, "context_length": 16}
+    model = [f"model.{name}={size}" for name, size in sizes.items()]
+    return [*model, "data.batch_size=2", "callbacks.samples.max_new_tokens=2", "trainer.precision=32-true", *overrides]
+
+
+@pytest.fixture
+def _composing() -> Iterator[None]:
+    register_resolvers()
+    register()
+    with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_composing")
+def test_lightning_and_the_bare_loop_do_the_same_work():
+    """`overhead` compares their weights itself; here also that it would notice a difference."""
+    wall, cpu = lightning.overhead(1, CPU, *tiny_run())
+    assert wall.target == cpu.target == 1.05 and 0 < cpu.reference <= 1.1 * wall.reference
+    with pytest.raises(ElaraError, match="did not do the same work"):
+        list(lightning.overhead(1, CPU, *tiny_run("trainer.accumulate_grad_batches=2")))
+
+
+def test_the_loader_is_read_with_and_without_workers():
+    figures = list(loading.loading("nothing", lambda: None, 10**9, CPU, 1))
+    assert [f.name.split(": ")[1] for f in figures] == [f"{s}, {w} workers" for s in loading.SHAPES for w in (0, 2)]
+    assert all(f.tokens_per_second is not None and f.tokens_per_second > 1e4 for f in figures)
