@@ -182,9 +182,10 @@ def logged(session_home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iter
         done = session_home.call(*session_home.tiny("name=both", *options))
         assert done.returncode == 0, done.stderr
         run = session_home.only_run("both")
-        deadline = time.monotonic() + 20
-        while (log := read_logs(run)[0]).exit_code is None and time.monotonic() < deadline:
-            time.sleep(0.05)  # wandb's own process writes it down
+        import wandb
+
+        wandb.teardown()  # waits for its process, which writes things down
+        (log,) = read_logs(run)
         yield SimpleNamespace(run=run, log=log, stdout=done.stdout, figures=figures_of(run))
 
 
@@ -370,7 +371,7 @@ def test_an_interrupted_run_is_marked_so_and_goes_on(
     home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_its_own(monkeypatch, tmp_path)
-    process = home.start(*home.tiny("name=monitors-stopped", *BOTH))
+    process = home.start(*home.tiny("name=monitors-stopped", *BOTH, "callbacks.monitoring.share=1000"))
     wait_for_step(home, "monitors-stopped", 10)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=100)
@@ -379,6 +380,7 @@ def test_an_interrupted_run_is_marked_so_and_goes_on(
     (log,) = read_logs(run)
     assert (log.exit_code, log.preempting) == (EXIT_SAVED, True)
     assert [row["step"] for row in log.history if "train/loss" in row] == list(figures_of(run)), "nothing is lost"
+    assert [row["step"] for row in log.history if "pictures" in str(row)][:1] == [8], "not at the end alone"
     meta = checkpoint.read_meta(Run(run).last)  # as if a validation had been due there: it comes before the training
     checkpoint.write_json(Run(run).last / "meta.json", {**meta, "validation_due": True})
     done = home.run(f"resume={run}")
