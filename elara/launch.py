@@ -59,7 +59,7 @@ def nodes() -> int:
 def stamp() -> str:
     """The name of a run's folder: the time of its start, on every rank the same.
 
-    torchrun's ranks hear it from the first one, through torchrun's own store; those of a SLURM job step take its number.
+    torchrun's ranks hear it from the first one, through torchrun's own store; those of a SLURM step take its number.
     """
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -10,17 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
-import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
 from elara.errors import ElaraError
+from elara.plan import MULTIRUN, is_sweep, read_plan
 from elara.report.outcome import Outcome, State, read_outcome
 from elara.runs import Run
 
 SEED = "seed"
-MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
 
 
 @dataclass(frozen=True)
@@ -129,14 +124,14 @@ class Comparison:
 def title_of(folder: Path) -> str:
     """What a folder is called: `<name>/<time>` of a run or sweep, `<study>` of a search, `..., job 3` inside one."""
     folder = folder.resolve()
-    if folder.name.isdecimal() and (Run(folder).job.exists() or (folder.parent / MULTIRUN).exists()):
+    if folder.name.isdecimal() and (Run(folder).job.exists() or is_sweep(folder.parent)):
         return f"{title_of(folder.parent)}, job {folder.name}"
     return folder.name if folder.parent.name in ("searches", "") else f"{folder.parent.name}/{folder.name}"
 
 
 def is_comparison(folder: Path) -> bool:
     """Whether a folder is that of a sweep or search: it was planned as one, or numbered jobs lie in it."""
-    return (folder / MULTIRUN).is_file() or bool(_numbered(folder))
+    return is_sweep(folder) or bool(_numbered(folder))
 
 
 def compare(folder: Path) -> Comparison:
@@ -151,14 +146,11 @@ def compare(folder: Path) -> Comparison:
 
 
 def planned(folder: Path) -> list[list[str]]:
-    """The overrides of every job that Hydra's multirun.yaml stands for, in order; [] where there is none."""
+    """The overrides of every job of a sweep, in order; [] where the folder is none."""
     try:
-        saved = yaml.safe_load((folder / MULTIRUN).read_text("utf-8"))
-        given = [str(text) for text in saved["hydra"]["overrides"]["task"]]
-        (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None)
-    except (OSError, yaml.YAMLError, TypeError, KeyError, HydraException):
+        return read_plan(folder).jobs
+    except ElaraError:
         return []
-    return [list(job) for job in jobs]
 
 
 def _numbered(folder: Path) -> dict[int, Path]:

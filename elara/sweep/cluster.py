@@ -5,6 +5,7 @@ Hydra's plugin for Ray pins old packages and brings a cloud's tools with it; thi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +25,12 @@ class Cluster:
         except ModuleNotFoundError as error:
             raise ElaraError("launcher=ray needs the package ray: pip install 'elara-hivemind[ray]'") from error
         try:
-            ray.init(address=address, include_dashboard=False, logging_level="error")
+            ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise ElaraError(
                 f"sweep.ray.address={address}: no Ray cluster answers there; `ray start --head` starts one"
             ) from error
-        self._ray = ray
+        self._ray: Any = ray
         # a job that failed has said so itself, and Ray must not try it again over what it left
         self._options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_retries": 0}
         self._sent: list[Any] = []

@@ -16,10 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -27,34 +24,14 @@ from elara.cli import fail
 from elara.errors import ElaraError, Interrupted
 from elara.launch import child_environment, signal_name
 from elara.overrides import is_override, key_of, quoted, value_of, without
+from elara.plan import MULTIRUN, read_plan
 from elara.runs import Run, sweep_root
 from elara.sweep.cluster import Cluster
 
-MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
 MOST_FAILED = 125  # exit codes above it mean something else to a shell
 NOT_THE_JOBS = ("launcher", "sweep", "hydra")  # what concerns the sweep, not the runs in it
 
 _cluster: Cluster | None = None  # of the sweep that this process coordinates
-
-
-@dataclass
-class Plan:
-    """The jobs of a sweep: their overrides in Hydra's order, and the keys that differ between them."""
-
-    jobs: list[list[str]]
-    swept: list[str]
-
-    def label(self, number: int) -> str:
-        """What sets a job apart, as `moe=none trm=depth2`."""
-        return " ".join(text for text in self.jobs[number] if key_of(text) in self.swept) or "the only job"
-
-
-def read_plan(folder: Path) -> Plan:
-    """The plan of a sweep folder; raises ElaraError when it is none."""
-    task, _ = _saved(folder)
-    parsed = OverridesParser.create().parse_overrides(task)
-    (jobs,) = BasicSweeper.split_arguments(parsed, None)
-    return Plan(jobs, [o.key_or_group for o in parsed if o.is_sweep_override()])
 
 
 @dataclass
@@ -139,10 +116,10 @@ def rewrite(arguments: list[str]) -> list[str]:
     if not wanted:
         return arguments
     folder = newest_sweep(_name(given)) if wanted == "auto" else Path(wanted).expanduser().resolve()
-    task, hydra = _saved(folder)
+    plan = read_plan(folder)
     if foreign := [key for key in given if not f"{key}.".startswith(("sweep.", "launcher.", "hydra.", "name."))]:
         raise ElaraError(f"sweep.resume goes on with the jobs that {folder} has: leave out {foreign[0]}=...")
-    kept = [text for text in [*task, *hydra] if key_of(text) not in {*given, "hydra.sweep.dir", "hydra.mode"}]
+    kept = [text for text in [*plan.task, *plan.hydra] if key_of(text) not in {*given, "hydra.sweep.dir", "hydra.mode"}]
     given = {key: text for key, text in given.items() if key not in ("sweep.resume", "hydra.sweep.dir", "name")}
     options = [text for text in arguments if not is_override(text) and text not in ("-m", "--multirun")]
     return ["-m", *options, *kept, *given.values(), f"hydra.sweep.dir={quoted(str(folder))}"]
@@ -226,15 +203,6 @@ def _error(run: Run, code: int) -> str:
 def _outcome(run: Run) -> str:
     metrics = run.read_summary().get("metrics", {})
     return f"done, held-out loss {metrics['val/loss_ar']:.3f}" if "val/loss_ar" in metrics else "done"
-
-
-def _saved(folder: Path) -> tuple[list[str], list[str]]:
-    """The overrides that a sweep was started with: those of the runs, and Hydra's own."""
-    try:
-        overrides = yaml.safe_load((folder / MULTIRUN).read_text("utf-8"))["hydra"]["overrides"]
-        return [str(text) for text in overrides["task"]], [str(text) for text in overrides["hydra"]]
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise ElaraError(f"{folder} is not a sweep folder: {MULTIRUN} cannot be read") from error
 
 
 def _name(given: dict[str, str]) -> str:

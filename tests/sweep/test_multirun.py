@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from elara.errors import EXIT_SAVED, ElaraError
+from elara.plan import read_plan
 from elara.runs import Run
-from elara.sweep.multirun import newest_sweep, read_plan, rewrite
+from elara.sweep.multirun import newest_sweep, rewrite
 from tests.conftest import alive, descendants
 
 SHORT = ["trainer.max_steps=4", "trainer.val_check_interval=4", "~callbacks.samples", "~callbacks.acceptance"]

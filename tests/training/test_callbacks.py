@@ -14,9 +14,10 @@ import torch
 from elara import checkpoint
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.model import ElaraLM
+from elara.report.measures import clock
 from elara.runs import Run
 from elara.training.callbacks.exact_resume import random_state, set_random_state
-from elara.training.callbacks.progress import clock, figures_line
+from elara.training.callbacks.progress import figures_line
 from elara.training.callbacks.samples import last_sample, write_samples
 from elara.training.callbacks.throughput import flops_per_token, peak_flops
 

@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.text import Text
 from torch import Tensor
 
+from elara.report.measures import clock
+
 
 class Progress(Callback):
     """Step, losses, speed and time left. Reads only figures that are logged anyway, so it costs nothing per step.
@@ -95,10 +97,3 @@ def figures_line(figures: dict[str, float], section: str) -> str:
     ]
     line = f"{section} loss {figures[f'{section}/loss']:.3f}"
     return f"{line} ({', '.join(inside)})" if len(inside) > 1 else line
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 0:42, 12:05 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
