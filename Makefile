@@ -2,6 +2,7 @@
 
 ARGS ?=
 PROMPT ?= ROMEO:
+RUN ?= elara
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
 CORE := .venv/.core
@@ -9,7 +10,7 @@ DEV := .venv/.dev
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sample verify evaluate bench test test-all lint clean distclean force
+.PHONY: help setup data train sweep search report sample verify evaluate bench test test-all counterparts lint clean distclean force
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -25,6 +26,15 @@ data: $(CORE) ## fetch and prepare the training data
 
 train: $(CORE) ## train Elara: the quick run, minutes on a CPU
 	@$(PY) -m elara.train $(ARGS)
+
+sweep: $(CORE) ## train every combination of ARGS="moe=none,deepseek seed=1,2", a process each, into one table
+	@$(PY) -m elara.train -m $(ARGS)
+
+search: $(DEV) ## search for the best overrides: ARGS="search=lr"
+	@$(PY) -m elara.sweep $(ARGS)
+
+report: $(CORE) ## make one HTML page of a run, sweep or search: RUN=outputs/train/elara/...
+	@$(PY) -m elara.report $(RUN)
 
 # Hydra reads a quoted value: backslashes before a quote are doubled, quotes and interpolations are escaped.
 sample: $(CORE) ## let the newest trained model go on from PROMPT="ROMEO:"
@@ -44,8 +54,14 @@ bench: $(CORE) ## measure the promised speed ratios, each beside its reference
 test: $(DEV) ## the fast tests, with the coverage of model and decoding
 	@$(PY) -m pytest -m "not slow" $(PARALLEL) --cov --cov-report=term
 
-test-all: test ## the fast tests, then the slow ones and those with a real counterpart
+test-all: test counterparts ## the fast tests, then the slow ones and those with a real counterpart
 	@$(PY) -m pytest -m slow
+
+# What no Python package brings. Where it cannot be installed, the tests that need it say so and are skipped.
+counterparts:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	    && echo "Installing Chromium ..." && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } \
+	    || echo "note: no chromium, and it cannot be installed here: tests of pages are skipped" >&2
 
 lint: $(DEV) ## ruff, mypy and the rules of import
 	@$(PY) -m ruff check

@@ -31,6 +31,7 @@ from elara import launch, runs
 from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, ElaraError, Interrupted
 
 Task = Callable[[DictConfig], None]
+PLUGINS = ("joblib", "submitit_local", "submitit_slurm")  # launchers that Hydra does not bring along
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -162,6 +163,8 @@ def _missing_option(error: MissingConfigException) -> str:
     if not error.options or not group:
         return str(error).splitlines()[0]
     choices = sorted(o for o in error.options if not o.endswith("/"))
+    if group == "hydra/launcher" and option in PLUGINS:
+        return f"launcher={option} needs a plugin of Hydra's: pip install 'elara-hivemind[sweep]'"
     return f"there is no {group}={option}{nearest(option, choices)}; choices: {', '.join(choices)}"
 
 
