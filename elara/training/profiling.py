@@ -123,6 +123,7 @@ class Profile:
     seconds: float
     plain: float
     on: str
+    clock: str = "the main thread's"  # whose time the rows are of; on a GPU the device's
 
     @property
     def total(self) -> float:
@@ -141,15 +142,22 @@ class Profile:
         return {part: sum(phases.values()) / self.total for part, phases in self.by_part().items()}
 
 
-def rows_of(events: Iterable[Any], steps: int, seconds: float) -> list[Row]:
-    """Own time of every operator, by part. events: torch.profiler's; seconds: of the whole window, by the clock.
+def measured(events: Iterable[Any], steps: int, first: int, seconds: float, plain: float, on: str) -> Profile:
+    """The profile of a window of `seconds` by the clock from torch.profiler's events; the rest as in `Profile`."""
+    events = [e for e in events if e.device_type == DeviceType.CPU]
+    on_device = any(e.self_device_time_total for e in events)
+    rows = rows_of(events, steps, seconds, on_device=on_device)
+    return Profile(rows, steps, first, seconds / steps, plain, on, "the device's" if on_device else Profile.clock)
+
+
+def rows_of(events: list[Any], steps: int, seconds: float, *, on_device: bool = False) -> list[Row]:
+    """Own time of every operator, by part. events: torch.profiler's of the host; seconds: of the window, by the clock.
 
     A backward operation belongs where the forward operation belongs that it differentiates, which autograd numbers.
-    On a GPU the time is the device's, on a CPU that of the main thread, and what lies outside of all events is AROUND.
+    The time is that of the kernels an operator started or, on a CPU, that of the main thread; what lies outside of all
+    events is AROUND then.
     """
-    events = [e for e in events if e.device_type == DeviceType.CPU]
-    events.sort(key=lambda e: (e.time_range.start, -e.time_range.end))
-    on_device = any(e.self_device_time_total for e in events)
+    events = sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end))
     main = next((e.thread for e in events if SIGN in e.name), 0)
     forward: dict[tuple[int, int], str] = {}  # part of the forward operation, by its thread and number
     place: dict[int, tuple[str, str]] = {}
@@ -201,7 +209,7 @@ def text(profile: Profile, operators: int = 30) -> str:
     first, last = profile.first, profile.first + profile.steps - 1
     lines = [
         f"Steps {first}-{last} on {profile.on}: {1e3 * profile.seconds:.1f} ms a step under the profiler, "
-        f"{1e3 * profile.plain:.1f} ms without it.",
+        f"{1e3 * profile.plain:.1f} ms without it. The times below are {profile.clock}.",
         "",
         f"{'part':<22}{'share':>8}{'ms/step':>10}{FORWARD:>10}{BACKWARD:>10}",
     ]

@@ -204,6 +204,7 @@ def test_lightning_and_the_bare_loop_do_the_same_work():
         list(lightning.overhead(1, CPU, *tiny_run("trainer.accumulate_grad_batches=2")))
 
 
+@pytest.mark.slow
 def test_the_loader_is_read_with_and_without_workers():
     figures = list(loading.loading("nothing", lambda: None, 10**9, CPU, 1))
     assert [f.name.split(": ")[1] for f in figures] == [f"{s}, {w} workers" for s in loading.SHAPES for w in (0, 2)]

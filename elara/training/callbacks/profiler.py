@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections import deque
@@ -58,11 +57,10 @@ class StepProfiler(Callback):
         if self._seen > 1:
             self._plain.append(now - self._begin)
         self._begin = now
-        if self._seen >= self.wait and not validates:
+        if self._seen >= self.wait and not validates and trainer.global_step != trainer.max_steps:
             self._open(trainer, module)
 
     def _open(self, trainer: Trainer, module: Any) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # else it tells of its stages on stderr
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self._first = trainer.global_step + 1
         self._ranges.enter_context(profiling.attach(module))
@@ -79,10 +77,11 @@ class StepProfiler(Callback):
         found, self._profile, self._done = self._profile, None, True
         self.path.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(self.path / "trace.json.gz"))
-        device, threads = module.device, torch.get_num_threads()
-        on = f"{device_name(device)}, {trainer.precision}" + (f", {threads} threads" if device.type == "cpu" else "")
-        rows, plain = profiling.rows_of(found.events(), steps, seconds), statistics.median(self._plain)
-        profiling.write(profiling.Profile(rows, steps, self._first, seconds / steps, plain, on), self.path)
+        on = f"{device_name(module.device)}, {trainer.precision}"
+        if module.device.type == "cpu":
+            on += f", threads: {torch.get_num_threads()}"
+        plain = statistics.median(self._plain)
+        profiling.write(profiling.measured(found.events(), steps, self._first, seconds, plain, on), self.path)
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         if not trainer.is_global_zero:
