@@ -6,7 +6,9 @@ import time
 
 import torch
 
+from elara.launch import is_rank
 from elara.model.linear import linear
+from elara.training.muon import fast_dtype
 
 WORTH = 1.5  # bf16 must be that much faster than fp32 in a matmul before its casts pay off in a whole step
 
@@ -15,7 +17,8 @@ def resolve(precision: str | int, accelerator: str = "cpu") -> str:
     """A precision that lightning.Trainer knows.
 
     `auto` is bf16-mixed on a GPU that computes in bf16 and on a CPU whose bf16 matmul is clearly faster than fp32
-    (measured, about 20 ms), else 32-true. Everything else is returned as it is.
+    (measured, about 20 ms), else 32-true. Ranks must not disagree: they ask whether the CPU knows bf16 instead of
+    measuring. Everything else is returned as it is.
     """
     text = str(precision)
     if text != "auto":
@@ -25,7 +28,8 @@ def resolve(precision: str | int, accelerator: str = "cpu") -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     if accelerator not in ("cpu", "auto", "gpu", "cuda"):
         return "32-true"
-    return "bf16-mixed" if bf16_speed() > WORTH else "32-true"
+    worth = fast_dtype(torch.device("cpu")) == torch.bfloat16 if is_rank() else bf16_speed() > WORTH
+    return "bf16-mixed" if worth else "32-true"
 
 
 def bf16_speed(size: int = 384, repeats: int = 5) -> float:

@@ -21,6 +21,14 @@ def test_auto_on_a_cpu_follows_the_measured_speed(monkeypatch: pytest.MonkeyPatc
     assert precision.resolve("auto", "cpu") == expected
 
 
+@pytest.mark.parametrize("speed", [0.3, 4.2])
+def test_ranks_do_not_measure_as_they_could_disagree(monkeypatch: pytest.MonkeyPatch, speed: float) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(precision, "bf16_speed", lambda: speed)
+    knows = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert precision.resolve("auto", "cpu") == ("bf16-mixed" if knows else "32-true")
+
+
 def test_auto_on_another_accelerator_takes_no_risk() -> None:
     assert precision.resolve("auto", "mps") == "32-true"
 
