@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -133,6 +134,15 @@ def test_ranks_save_and_end_when_the_process_that_started_them_is_killed(home) -
         time.sleep(0.1)
     assert not any(alive(rank) for rank in ranks)
     assert checkpoint.read_meta(run.last)["step"] > 3
+
+
+def test_gradients_are_reduced_once_per_optimizer_step(home) -> None:
+    profiled = ["profiler=torch", "profiler.wait=3", "profiler.steps=4", "trainer.accumulate_grad_batches=4"]
+    done = home.run("name=reduced", *home.tiny(*DDP, *QUIET, *profiled, "trainer.max_steps=8"))
+    assert done.returncode == 0, done.stderr
+    with open(home.only_run("reduced") / "profile" / "table.csv", encoding="utf-8", newline="") as file:
+        calls = [float(row["calls_per_step"]) for row in csv.DictReader(file) if row["operator"] == "c10d::allreduce_"]
+    assert 2 <= sum(calls) < 4  # one bucket of gradients, the loads, and what is logged
 
 
 def test_an_error_of_all_ranks_is_said_once(home) -> None:
