@@ -203,13 +203,13 @@ def test_trainers_instantiate_or_say_what_is_missing(option: str) -> None:
     config = composed(f"trainer={option}")
     if option in NEEDS_GPU and not torch.cuda.is_available():
         with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever Lightning raises, explain() must make a line of it
-            instantiate(config.trainer, precision="32-true")
+            instantiate(config.trainer, precision="32-true", num_nodes=1)
         line = explain(caught.value)
         assert "gpu" in line.lower()
         assert "\n" not in line
         assert "HYDRA_FULL_ERROR" not in line, "an expected mistake, not an unexpected one"
     else:
-        assert instantiate(config.trainer, precision="32-true").max_steps == config.trainer.max_steps
+        assert instantiate(config.trainer, precision="32-true", num_nodes=1).max_steps == config.trainer.max_steps
 
 
 @pytest.mark.parametrize("group", ["logger", "callbacks"])
