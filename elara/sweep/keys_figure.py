@@ -42,7 +42,7 @@ def importance(view: View) -> Figure | None:
 def slices(view: View) -> Figure:
     """The metric over each key."""
     keys = view.by_importance()[:8]
-    columns = min(4, len(keys))
+    columns = len(keys) if len(keys) <= 4 else -(-len(keys) // 2)
     rows = -(-len(keys) // columns)
     figure = Figure(figsize=(0.9 + 2.9 * columns, 0.5 + 2.7 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
@@ -51,8 +51,10 @@ def slices(view: View) -> Figure:
         for number, end in view.ends.items():
             record = view.records_by_number[number]
             if parameter.key in record.values:
-                value = float(np.clip(end, low, high))
-                axes.plot(position(parameter, record), value, clip_on=False, **_mark(record, view.best))
+                mark = _mark(record, view.best)
+                if not low <= end <= high:
+                    mark |= {"marker": "^" if end > high else "v", "alpha": 0.6}
+                axes.plot(position(parameter, record), np.clip(end, low, high), clip_on=False, **mark)
         _value_axis(parameter, axes)
         axes.set_title(parameter.key, fontsize=9.5)
         axes.set_ylim(low, high)

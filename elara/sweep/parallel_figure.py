@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from elara.report.style import BLUE, DARK, ORANGE
+from elara.report.style import BLUE, DARK, GREY, ORANGE
 from elara.sweep.records import Record
 from elara.sweep.space import Parameter
 from elara.sweep.view import View, position
@@ -57,7 +57,8 @@ def parallel(view: View) -> Figure | None:
     if top is not None:
         axes.annotate(f"{top.value:.4g}", (len(keys), metric(top)), xytext=(7, 0), textcoords="offset points",
                       va="center", color=ORANGE, fontweight="bold")  # fmt: skip
-    axes.set_title("Trials over the keys; orange: the best, dark: good, dashed: pruned", pad=26)
+    axes.set_title("Trials over the keys", pad=26)
+    figure.supxlabel("orange: the best trial; dark: good; dashed: pruned", fontsize=8.5, color=GREY)
     return figure
 
 
