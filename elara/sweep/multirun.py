@@ -119,8 +119,8 @@ def rewrite(arguments: list[str]) -> list[str]:
     plan = read_plan(folder)
     if foreign := [key for key in given if not f"{key}.".startswith(("sweep.", "launcher.", "hydra.", "name."))]:
         raise ElaraError(f"sweep.resume goes on with the jobs that {folder} has: leave out {foreign[0]}=...")
-    kept = [text for text in [*plan.task, *plan.hydra] if key_of(text) not in {*given, "hydra.sweep.dir", "hydra.mode"}]
     given = {key: text for key, text in given.items() if key not in ("sweep.resume", "hydra.sweep.dir", "name")}
+    kept = [text for text in [*plan.task, *plan.hydra] if key_of(text) not in {*given, "hydra.sweep.dir", "hydra.mode"}]
     options = [text for text in arguments if not is_override(text) and text not in ("-m", "--multirun")]
     return ["-m", *options, *kept, *given.values(), f"hydra.sweep.dir={quoted(str(folder))}"]
 

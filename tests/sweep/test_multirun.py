@@ -52,11 +52,12 @@ def test_jobs_are_named_by_what_differs_between_them(tmp_path: Path) -> None:
 
 
 def test_a_sweep_goes_on_with_its_own_jobs(tmp_path: Path) -> None:
-    folder = make_sweep(tmp_path / "it's a sweep", ["moe=none,deepseek"], ["hydra.sweep.dir=old", "hydra.verbose=1"])
-    arguments = rewrite([f"sweep.resume={folder}", "launcher=joblib", "hydra.launcher.n_jobs=2"])
+    task, hydra = ["name=bee", "moe=none,deepseek"], ["hydra.sweep.dir=old", "hydra.verbose=1"]
+    folder = make_sweep(tmp_path / "it's a sweep", task, hydra)
+    arguments = rewrite([f"sweep.resume={folder}", "name=bee", "launcher=joblib", "hydra.launcher.n_jobs=2"])
     quoted = str(folder).replace("'", "\\'")
     assert arguments == [
-        "-m", "moe=none,deepseek", "hydra.verbose=1", "launcher=joblib", "hydra.launcher.n_jobs=2",
+        "-m", "name=bee", "moe=none,deepseek", "hydra.verbose=1", "launcher=joblib", "hydra.launcher.n_jobs=2",
         f"hydra.sweep.dir='{quoted}'",
     ]  # fmt: skip
     with pytest.raises(ElaraError, match=r"goes on with the jobs that .* has: leave out seed="):
