@@ -24,11 +24,16 @@ class Steps:
 
     last: int | None
     validation: int | None  # steps from one validation to the next
+    rising: int | None = None  # steps in which the learning rate still rises
 
     @property
     def looks(self) -> int | None:
         """How often a trial can be judged before it ends."""
         return None if self.last is None or self.validation is None else (self.last - 1) // self.validation
+
+    def first_look(self, warmup: int) -> int | None:
+        """The step of the first validation at `warmup` or behind it."""
+        return None if self.validation is None else max(1, -(-warmup // self.validation)) * self.validation
 
 
 def compose(fixed: Sequence[str], space: Sequence[Parameter]) -> Steps:
@@ -54,7 +59,11 @@ def compose(fixed: Sequence[str], space: Sequence[Parameter]) -> Steps:
             raise ElaraError("a search reads metrics.csv, which the trials' logger does not write: take logger=csv")
         if not any(str(part.get("_target_", "")).endswith(".Metrics") for part in _parts(config, "callbacks")):
             raise ElaraError("a search needs the callback `metrics` in its trials: take trial_callbacks=search")
-    return Steps(_largest(configs, "max_steps"), _largest(configs, "val_check_interval"))
+    return Steps(
+        _largest(configs, "trainer", "max_steps"),
+        _largest(configs, "trainer", "val_check_interval"),
+        _largest(configs, "schedule", "warmup"),
+    )
 
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
@@ -71,6 +80,6 @@ def _parts(config: dict[str, Any], group: str) -> list[dict[str, Any]]:
     return [part for part in (config.get(group) or {}).values() if isinstance(part, dict)]
 
 
-def _largest(configs: Sequence[dict[str, Any]], key: str) -> int | None:
-    values = [config["trainer"].get(key) for config in configs]
+def _largest(configs: Sequence[dict[str, Any]], group: str, key: str) -> int | None:
+    values = [config[group].get(key) for config in configs]
     return max(values) if all(isinstance(value, int) for value in values) else None

@@ -43,11 +43,24 @@ def announce(wanted: SearchConfig, space: Sequence[Parameter], steps: Steps, stu
     say(f"search {wanted.study}: {keys}")
     say(f"{wanted.trials} trials, {wanted.jobs} at once, {wanted.sampler.name} sampler, {pruner}")
     say(f"folder {folder}")
-    if wanted.pruner.name != "none" and steps.looks == 0:
-        say("note: trials are validated at their end only, so none can be pruned: lower trainer.val_check_interval")
+    for note in notes(wanted, steps):
+        say(f"note: {note}")
     before = [record for record in study.records() if record.state in ("complete", "pruned")]
     if before:
         say(f"going on: {len(before)} trials are there already")
     if study.revived:
         numbers = ", ".join(map(str, study.revived))
         say(f"run again, as their search was killed: {numbers}")
+
+
+def notes(wanted: SearchConfig, steps: Steps) -> list[str]:
+    """What about the pruning will probably disappoint."""
+    if wanted.pruner.name == "none":
+        return []
+    if steps.looks == 0:
+        return ["trials are validated at their end only, so none can be pruned: lower trainer.val_check_interval"]
+    first, rising = steps.first_look(wanted.pruner.warmup), steps.rising
+    if first is not None and rising is not None and first <= rising:
+        what = f"trials may be pruned from step {first} on, but their rate rises until step {rising}, and until then"
+        return [f"{what} a high rate looks better than it is: set pruner.warmup={rising + 1}"]
+    return []

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from elara.sweep.__main__ import main
-from elara.sweep.compose import compose
-from elara.sweep.config import SearchConfig
+from elara.sweep.compose import Steps, compose
+from elara.sweep.config import PrunerConfig, SearchConfig
 from elara.sweep.overrides import merged
+from elara.sweep.run import notes
 from elara.sweep.space import read_space
 from tests.conftest import ROOT
 
@@ -57,6 +58,8 @@ def test_every_option_searches_what_elara_train_knows(cli: Call, option: str) ->
     steps = compose(merged([f"callbacks={config['trial_callbacks']}"], config["base"]), space)
     assert steps.last is not None and steps.looks is not None and steps.looks >= 4
     assert config["pruner"]["warmup"] < steps.last
+    wanted = SearchConfig(pruner=PrunerConfig(**config["pruner"]))
+    assert notes(wanted, steps) == []
     assert config["sampler"]["startup"] < config["trials"]
 
 
@@ -80,6 +83,23 @@ def test_ranges_can_be_changed_keys_added_and_removed_on_the_command_line(cli: C
     assert [(p.key, p.low, p.high) for p in read_space(config["space"])] == [
         ("optimizer.lr", 0.01, 0.1), ("trm.depth", 1, 3),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pruner", "steps", "expected"),
+    [
+        (PrunerConfig("median", warmup=0), Steps(120, 20, 30), "from step 20 on"),
+        (PrunerConfig("median", warmup=25), Steps(120, 20, 45), "from step 40 on"),
+        (PrunerConfig("hyperband", warmup=30), Steps(120, 30, 30), "set pruner.warmup=31"),
+        (PrunerConfig("median", warmup=31), Steps(120, 20, 30), None),
+        (PrunerConfig("median", warmup=0), Steps(120, 20, None), None),
+        (PrunerConfig("median", warmup=0), Steps(120, 120, 30), "none can be pruned"),
+        (PrunerConfig("none", warmup=0), Steps(120, 120, 30), None),
+    ],
+)
+def test_pruning_that_would_disappoint_is_noted(pruner: PrunerConfig, steps: Steps, expected: str | None) -> None:
+    found = notes(SearchConfig(pruner=pruner), steps)
+    assert (expected is None and found == []) or (len(found) == 1 and str(expected) in found[0])
 
 
 WRONG = {
