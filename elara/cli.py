@@ -83,6 +83,12 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
         fail(error)
 
 
+def config_options() -> list[str]:
+    """The --config-dir of this command line, for the processes that it starts."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [part for source in sources if source.provider == "command-line" for part in ("--config-dir", source.path)]
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 

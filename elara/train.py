@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from elara import launch
-from elara.cli import config_path, hydra_main, register_resolvers
+from elara.cli import config_options, config_path, hydra_main, register_resolvers
 from elara.overrides import quoted, without
 from elara.sweep import multirun
 from elara.training import resume
@@ -30,7 +30,7 @@ def train(config: DictConfig) -> None:
             folder = str(hydra.runtime.output_dir)
             overrides = [*hydra.overrides.task, *without(hydra.overrides.hydra, "hydra.run", "hydra.mode")]
             place = [f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
-            command = [sys.executable, "-m", "elara.train", *overrides, *place]
+            command = [sys.executable, "-m", "elara.train", *config_options(), *overrides, *place]
             code = launch.run_ranks(command, count, f"python -m elara.train resume={folder}")
             raise SystemExit(code)
     from elara.training.run import run

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from elara.cli import fail
+from elara.cli import config_options, fail
 from elara.errors import ElaraError, Interrupted
 from elara.launch import child_environment, signal_name
 from elara.overrides import is_override, key_of, quoted, value_of, without
@@ -52,9 +52,7 @@ def run_job(ray: Mapping[str, Any] | None) -> None:
     """Execute the job that Hydra has set up in this process, or, with the settings of `sweep.ray`, send it away."""
     global _cluster
     hydra: Any = HydraConfig.get()
-    found = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    options = [part for path in found for part in ("--config-dir", path)]  # the job needs it too
-    job = Job(Path(hydra.sweep.dir), int(hydra.job.num), list(hydra.overrides.task), options)
+    job = Job(Path(hydra.sweep.dir), int(hydra.job.num), list(hydra.overrides.task), config_options())
     if ray is None:
         execute(job)
         return
