@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,22 @@ from elara import shards
 from elara.checkpoint import OPTIMIZER, SHARDS
 from elara.errors import ElaraError
 from elara.model import ElaraLM
+
+
+@contextmanager
+def gathered(model: ElaraLM) -> Iterator[None]:
+    """Whole weights on every rank while this lasts, for what rank 0 does alone; all ranks enter it together.
+
+    A model that is not sharded is left as it is.
+    """
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
 
 
 class FSDP(ModelParallelStrategy):

@@ -64,9 +64,14 @@ def test_ranks_compute_what_one_process_does(home, shape: str) -> None:
 
 
 def test_shards_sample_quantize_and_begin_new_runs(home) -> None:
-    done = home.run(*home.tiny("name=sharded", *FSDP, "optimizer=adamw", "trainer.max_steps=2", *QUIET))
-    assert done.returncode == 0, done.stderr
-    run = Run(home.only_run("sharded"))
+    greedy = ["callbacks.samples.temperature=0", "model.dropout=0", "trainer.max_steps=16", "optimizer.lr=3e-3"]
+    for name, kind in (("sharded", FSDP), ("unsharded", ["data.batch_size=4"])):
+        done = home.run(*home.tiny(f"name={name}", *kind, "optimizer=adamw", *greedy))
+        assert done.returncode == 0, done.stderr
+    run, one = Run(home.only_run("sharded")), Run(home.only_run("unsharded"))
+    assert run.samples.read_text("utf-8") == one.samples.read_text("utf-8")
+    drafts = [row["val/tokens_per_forward"] for row in home.rows(run.path)]
+    assert drafts == [row["val/tokens_per_forward"] for row in home.rows(one.path)] and drafts[-1]
     assert (run.last / "shards").is_dir() and not (run.last / "model.safetensors").exists()
     whole = checkpoint.load(run.last).model.state_dict()
     narrow = checkpoint.load(run.last, precision="bfloat16").model.state_dict()

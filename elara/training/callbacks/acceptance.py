@@ -6,16 +6,16 @@ from typing import Any
 
 from lightning import Callback, Trainer
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from elara.decoding import SamplingConfig, measure_acceptance, writable
+from elara.training.sharding import gathered
 
 
 class Acceptance(Callback):
     """After every validation a few held-out prompts are continued by TiDAR, in one batch on rank 0.
 
     Records val/tokens_per_forward and val/accept/2 ... (share of the drafts whose first 2, 3, ... tokens all stood; the
-    first always does). Models without a diffusion head and sharded ones are passed over.
+    first always does). Models without a diffusion head are passed over.
 
     Args:
         prompts: rows of the first validation batch to continue.
@@ -38,12 +38,15 @@ class Acceptance(Callback):
             self._batch = batch[: self.prompts, : self.prompt_tokens]
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        if module.model.config.tidar.block_length < 2 or self._batch is None:
+            return
+        with gathered(module.model):
+            if trainer.is_global_zero:
+                self._measure(module, self._batch)
+
+    def _measure(self, module: Any, batch: Tensor) -> None:
         model = module.model
-        if not trainer.is_global_zero:
-            return
-        if model.config.tidar.block_length < 2 or self._batch is None or isinstance(module.model, FSDPModule):
-            return
-        rows = [[token for token in row if token >= 0] for row in self._batch.tolist()]
+        rows = [[token for token in row if token >= 0] for row in batch.tolist()]
         found = measure_acceptance(
             model,
             [row for row in rows if row],

@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning import Callback, Trainer
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from elara.decoding import SamplingConfig, complete
 from elara.runs import Run
 from elara.training.loggers import Monitor
+from elara.training.sharding import gathered
 
 HEADER = "==== step {step} ===="
 HELD_OUT = 48  # tokens of the held-out text that stand in for a missing prompt
@@ -20,8 +20,6 @@ HELD_OUT = 48  # tokens of the held-out text that stand in for a missing prompt
 
 class Samples(Callback):
     """Writes one sample per prompt, the prompt in brackets, after every `every`-th validation and the last step.
-
-    Sharded models (FSDP) are passed over: their weights are not whole on any rank.
 
     Args:
         folder: the run folder.
@@ -54,10 +52,13 @@ class Samples(Callback):
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         self._validations += 1
         last = module.step >= trainer.max_steps
-        if not trainer.is_global_zero or isinstance(module.model, FSDPModule):
-            return
         if self._validations % self.every and not last:
             return
+        with gathered(module.model):
+            if trainer.is_global_zero:
+                self._write(trainer, module)
+
+    def _write(self, trainer: Trainer, module: Any) -> None:
         prompts = [module.tokenizer.decode(self._first)] if self.prompts is None else self.prompts
         samples = [(text, complete(module.model, module.tokenizer, text, self.sampling).text) for text in prompts]
         write_samples(self.path, module.step, [f"[{prompt}]{text}" if prompt else text for prompt, text in samples])
