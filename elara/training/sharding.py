@@ -31,13 +31,13 @@ def gathered(model: ElaraLM) -> Iterator[None]:
 
     A model that is not sharded is left as it is.
     """
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, FSDPModule)}
+    for part in parts.values():
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     yield
-    for part in parts:
-        part.set_reshard_after_forward(part is not model, recurse=False)
+    for name, part in parts.items():
+        part.set_reshard_after_forward(bool(name), recurse=False)  # the root's stay for the losses, which need its heads
         part.reshard()
 
 
