@@ -37,7 +37,7 @@ def gathered(model: ElaraLM) -> Iterator[None]:
         part.unshard()
     yield
     for name, part in parts.items():
-        part.set_reshard_after_forward(bool(name), recurse=False)  # the root's stay for the losses, which need its heads
+        part.set_reshard_after_forward(bool(name), recurse=False)  # the losses need the root's heads
         part.reshard()
 
 
