@@ -47,7 +47,7 @@ def test_ranks_know_their_place(tmp_path: Path) -> None:
 def test_the_error_of_one_rank_is_the_error_of_all_and_ends_the_other(tmp_path: Path) -> None:
     began = time.monotonic()
     body = "if rank: launch.leave_error('no such thing'); sys.exit(1)\nnote(str(os.getpid())); time.sleep(60)"
-    with pytest.raises(ElaraError, match="^no such thing$"):
+    with pytest.raises(ElaraError, match=r"^no such thing$"):
         run(tmp_path, body)
     assert time.monotonic() - began < 20
     with pytest.raises(ProcessLookupError):

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import random
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
-from elara import train
 from elara.runs import Run
 from elara.training.loggers import CSV
+from tests import conftest
+from tests.conftest import Done, Home
 
-TINY = [
-    "data=text", "model.n_layer=2", "model.n_embd=32", "model.n_head=2", "model.hidden=64", "model.expert_hidden=32",
-    "model.context_length=32", "data.batch_size=4", "data.val_batches=2", "trainer.precision=32-true",
-    "trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1",
-    "callbacks.samples.max_new_tokens=8", "callbacks.acceptance.prompts=2", "callbacks.acceptance.new_tokens=6",
-]  # fmt: skip
+SHORT = {"trainer.max_steps": 6, "trainer.val_check_interval": 3, "model.dropout": 0}
+TINY = [text for text in conftest.TINY if text.partition("=")[0] not in SHORT]
+TINY += [f"{key}={value}" for key, value in SHORT.items()]
 
 
-def train_in(home: Path, *overrides: str) -> tuple[int, str, str]:
-    """`elara.train` in this process; returns exit code, stdout, stderr."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    ):  # fmt: skip
-        patch.setattr(sys, "argv", ["train.py", *overrides])
-        patch.setenv("ELARA_HOME", str(home))
-        patch.chdir(home)
-        try:
-            train.main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-    return code, out.getvalue(), err.getvalue()
+def train_in(home: Path, *overrides: str) -> Done:
+    """`elara.train` in this process."""
+    return Home(home, home / "bees.txt").call(*overrides)
 
 
 def write_job(run: Run, overrides: Sequence[str], code: int, error: str | None = None, log: str = "") -> None:
@@ -70,8 +54,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(home: Path) -> Run:
     """A finished run with everything switched on."""
-    code, _, err = train_in(home, *TINY, f"data.path={home / 'bees.txt'}", "name=bees")
-    assert code == 0, err
+    done = train_in(home, *TINY, f"data.path={home / 'bees.txt'}", "name=bees")
+    assert done.returncode == 0, done.stderr
     (folder,) = (home / "outputs" / "train" / "bees").glob("*/")
     return Run(folder)
 
@@ -85,9 +69,10 @@ def sweep(home: Path) -> Path:
     jobs = [[*fixed, f"moe={moe}", f"seed={seed}"] for moe in ("none", "deepseek", "other") for seed in (1, 2)]
     for number, overrides in enumerate(jobs[:5]):
         run = Run(folder / str(number))
-        code, out, err = train_in(home, *overrides, f"hydra.run.dir='{run.path}'")
-        assert (code == 0) is (number < 4), err
-        write_job(run, overrides, code, err.removeprefix("error: ").strip() or None, out + err)
+        done = train_in(home, *overrides, f"hydra.run.dir='{run.path}'")
+        assert (done.returncode == 0) is (number < 4), done.stderr
+        error = done.stderr.removeprefix("error: ").strip() or None
+        write_job(run, overrides, done.returncode, error, done.stdout + done.stderr)
     return folder
 
 
