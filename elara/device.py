@@ -24,6 +24,13 @@ def find_device(name: str) -> torch.device:
         raise ElaraError(f"device={name} cannot be used here ({reason}): use cpu or auto") from error
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on `device`, without making the host wait for the work that is queued there."""
+    if device.type != "cuda" or x.is_cuda or not torch.cuda.is_available():
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def device_name(device: torch.device | str = "cpu") -> str:
     """The name of the GPU or of the processor."""
     device = torch.device(device)

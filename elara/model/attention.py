@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elara.config import ElaraConfig
+from elara.device import to_device
 from elara.model import attention_cpu
 from elara.model.attention_cpu import CHUNK
 from elara.model.cache import KVCache
@@ -97,7 +98,7 @@ def section_chunks(section: MaskSection, keys: int, device: torch.device) -> lis
         own = torch.eye(blocks, dtype=torch.bool, device=part.device).expand(part.shape[0], -1, -1)
         mask = torch.cat([clean, own.repeat_interleave(length, 2)], 2).repeat_interleave(length, 1)
         end = (first + blocks) * length
-        chunks.append((first * length, end, read, mask[:, None].to(device)))
+        chunks.append((first * length, end, read, to_device(mask[:, None], device)))
     return chunks
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elara.config import ElaraConfig
+from elara.device import to_device
 from elara.model.attention import Attention, View, rope_angles, section_chunks, section_visible
 from elara.model.cache import KVCache
 from elara.model.linear import Linear, linear
@@ -187,7 +188,10 @@ class ElaraLM(nn.Module):
         seq, device = tokens.shape[1], tokens.device
         lengths = cache.lengths if cache is not None else [0]
         uniform = min(lengths) == max(lengths)
-        past = torch.tensor(lengths[:1] if uniform else lengths, device=device)[:, None]
+        if uniform:
+            past = torch.full((1, 1), lengths[0], device=device)
+        else:
+            past = to_device(torch.tensor(lengths)[:, None], device)
         place = past + torch.arange(seq, device=device)  # index of each clean token among the keys
         where = place if positions is None else positions
         keys = max(lengths) + seq
@@ -196,7 +200,7 @@ class ElaraLM(nn.Module):
         visible = (torch.arange(keys, device=device) <= place[..., None])[:, None] if hidden_keys else None
         chunks, drafts = [], None
         if section is not None:
-            behind = section.positions().to(device)
+            behind = to_device(section.positions(), device)
             rows = max(len(where), len(behind))
             where = torch.cat([where.expand(rows, -1), behind.expand(rows, -1)], 1)
             drafts = self._draft_routing(section, past, seq)
@@ -212,7 +216,7 @@ class ElaraLM(nn.Module):
         kind, length = self.config.tidar.draft_routing, section.block_length
         if kind == "token" or not self.config.moe_layers:
             return None
-        starts = section.starts.view(-1, section.starts.shape[-1]).to(past.device)  # (1 or rows, blocks)
+        starts = to_device(section.starts.view(-1, section.starts.shape[-1]), past.device)  # (1 or rows, blocks)
         if kind == "anchor":
             routed = starts - 1 - past
         else:

@@ -140,7 +140,7 @@ class Router(nn.Module):
         total = scores.new_zeros(())
         if self.moe.balance_loss:
             share = scores / scores.sum(-1, keepdim=True)
-            counts = F.one_hot(chosen, self.moe.num_experts).sum(2).float().mean(1)  # (batch, experts)
+            counts = torch.zeros_like(scores).scatter_(-1, chosen, 1.0).mean(1)  # (batch, experts)
             frequency = counts * self.moe.num_experts / self.moe.top_k
             total = total + self.moe.balance_loss * (frequency * share.mean(1)).sum(-1).mean()
         if self.moe.z_loss:
@@ -176,7 +176,7 @@ class Experts(nn.Module):
         flat = choice.experts.flatten()  # (tokens * top_k)
         order = flat.argsort(stable=True)
         rows = flat.new_zeros(count).scatter_add_(0, flat, torch.ones_like(flat))  # per expert
-        grouped = x.is_cuda and x.dtype == torch.bfloat16
+        grouped = _takes_groups(x)
         padded = rows
         if not grouped and x.dtype == torch.bfloat16:
             padded = (rows + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
@@ -212,6 +212,11 @@ class Experts(nn.Module):
         parts = [self.expert(e, part, weights) for e, part in enumerate(rows) if sizes[e]]
         gates = choice.gates.flatten().index_select(0, order).to(x.dtype)
         return torch.zeros_like(x).index_add_(0, source, torch.cat(parts).mul_(gates[:, None]))
+
+
+def _takes_groups(x: Tensor) -> bool:
+    """Whether one kernel does all experts of a layer: on a GPU in bf16."""
+    return x.is_cuda and x.dtype == torch.bfloat16
 
 
 def _by_expert(xs: Tensor, weights: Weights, sizes: list[int]) -> Tensor:

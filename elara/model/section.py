@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elara.config import TiDARConfig
+from elara.device import to_device
 
 
 @dataclass
@@ -69,14 +70,14 @@ def draw_section(
     if keep < len(starts):
         starts = starts[torch.randperm(len(starts), generator=generator)[:keep].sort().values]
     section = MaskSection(starts, length, tokens)
-    targets = tokens[:, section.positions()[0].to(tokens.device)]
+    targets = tokens[:, to_device(section.positions()[0], tokens.device)]
     if config.schedule == "full":
         section.tokens = torch.full_like(targets, mask_id)
         return section, Supervision(targets, None)
     rank, ranks = place
     hidden, weights = _random_mask(batch * ranks, len(starts), config, generator)
     mine = slice(rank * batch, (rank + 1) * batch)
-    hidden, weights = hidden[mine].to(tokens.device), weights[mine].to(tokens.device)
+    hidden, weights = to_device(hidden[mine], tokens.device), to_device(weights[mine], tokens.device)
     section.tokens = torch.where(hidden, mask_id, targets)
     return section, Supervision(targets, weights)
 

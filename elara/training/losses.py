@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elara.device import to_device
 from elara.model import ElaraLM, RoutingStats, draw_section
 from elara.model.linear import linear
 
@@ -121,12 +122,11 @@ def elara_loss(
     ar = cross_entropy(output.hidden.flatten(0, 1), model.embed.weight, ar_targets.flatten(), over_ranks=over_ranks)
     total, diffusion = ar + output.routing.penalty, None
     if section is not None and supervision is not None:
-        hidden_pad = pad[:, section.positions()[0].to(pad.device)]
-        targets = supervision.targets.masked_fill(hidden_pad, IGNORE)
+        places = to_device(section.positions()[0], inputs.device)
+        targets = supervision.targets.masked_fill(pad[:, places], IGNORE)
         weights = None if supervision.weights is None else supervision.weights.flatten()
         assert output.mask_hidden is not None
-        previous = inputs[:, section.positions()[0].to(inputs.device) - 1]
-        mask_hidden = model.chained(output.mask_hidden, previous).flatten(0, 1)
+        mask_hidden = model.chained(output.mask_hidden, inputs[:, places - 1]).flatten(0, 1)
         diffusion = cross_entropy(
             mask_hidden, model.diffusion_weight, targets.flatten(), weights=weights, over_ranks=over_ranks
         )

@@ -48,14 +48,17 @@ def peak_flops(device: torch.device) -> float | None:
 def flops_per_token(model: ElaraLM, seq: int) -> float:
     """Training FLOPs per clean token, forward and backward, mask section included (PaLM, arXiv 2204.02311, app. B).
 
-    6 per active weight and token, with every recursion pass counted, plus 12 * n_embd * keys for attention. Recomputed
-    activations do not count, and neither do lookups in the embedding.
+    6 per active weight and token, with every recursion pass counted, plus 12 * n_embd * keys for attention: half the
+    clean tokens, which a clean token and a mask see alike on average. Both heads count; recomputed activations do not,
+    and neither do lookups in the embedding.
     """
     config = model.config
     section = round(config.tidar.block_fraction * seq) / seq if config.tidar.block_length else 0.0
     block = sum(_active(config, module) for module in model.blocks)
-    attention = 12 * config.model.n_layer * config.model.n_embd * seq / 2  # causal: half the keys on average
+    attention = 12 * config.model.n_layer * config.model.n_embd * seq / 2
     heads = model.embed.weight.numel() * (1 + section)
+    if model.chain is not None:
+        heads += section * sum(p.numel() for p in model.chain.parameters() if p.dim() > 1)
     return (1 + section) * config.trm.depth * (6 * block + attention) + 6 * heads
 
 
