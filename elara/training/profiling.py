@@ -18,12 +18,13 @@ from torch.profiler import record_function
 from elara.model import ElaraLM
 from elara.model.mlp import MLP
 from elara.model.moe import MoE
-from elara.training.module import ElaraModule
 
 ATTENTION, ROUTER, EXPERTS, MLP_, REST = "attention", "MoE router", "experts", "dense MLP", "embedding, norms"
 LOSS, AUTOGRAD, OPTIMIZER, DATA, AROUND = "heads, loss", "gradient sums", "optimizer", "data", "Lightning, callbacks"
 PARTS = (ATTENTION, ROUTER, EXPERTS, MLP_, REST, LOSS, AUTOGRAD, OPTIMIZER, DATA, AROUND)
-FORWARD, BACKWARD = "forward", "backward"
+FORWARD, BACKWARD, OTHER = "forward", "backward", "other"
+PHASES = {FORWARD: "#2f6fb0", BACKWARD: "#d9722b", OTHER: "#8a8f98"}  # and their colours
+IN_THE_MODEL = (ATTENTION, ROUTER, EXPERTS, MLP_, REST, LOSS)
 SIGN = " | "  # a range is called "part | what"
 
 # Lightning's names of what it does, by their ends; what is not here belongs to AROUND
@@ -55,11 +56,9 @@ class Actions(Profiler):
             self._open.pop(action_name).__exit__(None, None, None)
 
 
-def attach(module: ElaraModule) -> ExitStack:
+def attach(model: ElaraLM) -> ExitStack:
     """Put ranges around the parts of a model until the result is closed. Blocks that are compiled stay one part."""
     stack = ExitStack()
-    model = module.model
-    assert isinstance(model, ElaraLM)
     _around(stack, model, REST, "model")
     for i, block in enumerate(model.blocks):
         if block._compiled_call_impl is not None:
@@ -131,8 +130,8 @@ class Profile:
         return sum(row.seconds for row in self.rows)
 
     def by_part(self) -> dict[str, dict[str, float]]:
-        """Seconds of every part that has any, forward and backward."""
-        found: dict[str, dict[str, float]] = {part: {FORWARD: 0.0, BACKWARD: 0.0} for part in PARTS}
+        """Seconds of every part that has any, by phase."""
+        found: dict[str, dict[str, float]] = {part: dict.fromkeys(PHASES, 0.0) for part in PARTS}
         for row in self.rows:
             found[row.part][row.phase] += row.seconds
         return {part: phases for part, phases in found.items() if sum(phases.values()) > 0}
@@ -174,7 +173,7 @@ def rows_of(events: list[Any], steps: int, seconds: float, *, on_device: bool = 
             entry[1] += own / 1e6
     rows = [Row(*key, calls / steps, own / steps) for key, (calls, own) in sums.items()]
     if not on_device and (left := seconds / steps - sum(row.seconds for row in rows)) > 0:
-        rows.append(Row(AROUND, FORWARD, "(between events)", 1.0, left))
+        rows.append(Row(AROUND, OTHER, "(between events)", 1.0, left))
     return sorted(rows, key=lambda row: -row.seconds)
 
 
@@ -182,14 +181,15 @@ def _place(e: Any, place: dict[int, tuple[str, str]], forward: dict[tuple[int, i
     part, sign, _ = e.name.partition(SIGN)
     parent = place.get(e.cpu_parent.id) if e.cpu_parent is not None else None
     if sign and part in PARTS:
-        return part, FORWARD  # recomputation in the backward pass as well: it is the forward pass, once more
+        # recomputation in the backward pass as well: it is the forward pass, once more
+        return part, FORWARD if part in IN_THE_MODEL else OTHER
     if e.name.startswith("Optimizer.step#"):
-        return OPTIMIZER, FORWARD
+        return OPTIMIZER, OTHER
     if e.fwd_thread and (e.fwd_thread, e.sequence_nr) in forward:
         return forward[e.fwd_thread, e.sequence_nr], BACKWARD
     if parent is not None:
         return parent
-    return (AUTOGRAD if e.scope == 1 or "AccumulateGrad" in e.name else AROUND), FORWARD
+    return (AUTOGRAD if e.scope == 1 or "AccumulateGrad" in e.name else AROUND), OTHER
 
 
 def write(profile: Profile, folder: Path) -> None:
@@ -211,12 +211,12 @@ def text(profile: Profile, operators: int = 30) -> str:
         f"Steps {first}-{last} on {profile.on}: {1e3 * profile.seconds:.1f} ms a step under the profiler, "
         f"{1e3 * profile.plain:.1f} ms without it. The times below are {profile.clock}.",
         "",
-        f"{'part':<22}{'share':>8}{'ms/step':>10}{FORWARD:>10}{BACKWARD:>10}",
+        f"{'part':<22}{'share':>8}{'ms/step':>10}" + "".join(f"{phase:>10}" for phase in PHASES),
     ]
     for part, phases in sorted(profile.by_part().items(), key=lambda item: -sum(item[1].values())):
         own = sum(phases.values())
-        numbers = "".join(f"{1e3 * t:>10.2f}" for t in (own, phases[FORWARD], phases[BACKWARD]))
-        lines.append(f"{part:<22}{own / profile.total:>8.1%}{numbers}")
+        numbers = "".join(f"{1e3 * t:>10.2f}" if t else f"{'':>10}" for t in phases.values())
+        lines.append(f"{part:<22}{own / profile.total:>8.1%}{1e3 * own:>10.2f}{numbers}".rstrip())
     lines += ["", f"{'operator (own time)':<52}{'share':>8}{'ms/step':>10}{'calls':>8}  most of it in"]
     merged: dict[str, list[Row]] = defaultdict(list)
     for row in profile.rows:
@@ -230,7 +230,7 @@ def text(profile: Profile, operators: int = 30) -> str:
 
 
 def draw(profile: Profile) -> Any:
-    """Milliseconds of a step by part, forward and backward: a matplotlib figure."""
+    """Milliseconds of a step by part and phase: a matplotlib figure."""
     from matplotlib.figure import Figure  # takes a second to import: not before it is needed
 
     parts = sorted(profile.by_part().items(), key=lambda item: sum(item[1].values()))
@@ -238,7 +238,7 @@ def draw(profile: Profile) -> Any:
     figure = Figure(figsize=(8, 0.42 * len(parts) + 1.3), layout="constrained", dpi=130)
     axes = figure.subplots()
     left = [0.0] * len(parts)
-    for phase, color in ((FORWARD, "#2f6fb0"), (BACKWARD, "#d9722b")):
+    for phase, color in PHASES.items():
         widths = [1e3 * phases[phase] for _, phases in parts]
         axes.barh(names, widths, left=left, color=color, label=phase, height=0.68)
         left = [a + b for a, b in zip(left, widths, strict=True)]

@@ -7,7 +7,6 @@ import gzip
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ def profiled(config: ElaraConfig, steps: int = 2) -> list[profiling.Row]:
     section = None
     if config.tidar.block_length:
         section, _ = draw_section(tokens, config.tidar, 63, torch.Generator().manual_seed(0))
-    with profiling.attach(SimpleNamespace(model=model)), profile(activities=[ProfilerActivity.CPU]) as found:  # type: ignore[arg-type]
+    with profiling.attach(model), profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(steps):
             with record_function(LOSS + profiling.SIGN + "step"):
                 hidden = model(tokens, section=section).hidden

@@ -63,7 +63,7 @@ class StepProfiler(Callback):
     def _open(self, trainer: Trainer, module: Any) -> None:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self._first = trainer.global_step + 1
-        self._ranges.enter_context(profiling.attach(module))
+        self._ranges.enter_context(profiling.attach(module.model))
         self._ranges.callback(setattr, trainer, "profiler", trainer.profiler)  # type: ignore[attr-defined]
         trainer.profiler = profiling.Actions()  # type: ignore[attr-defined]
         self._profile = profile(activities=activities)
