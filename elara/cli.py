@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
@@ -53,7 +52,8 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
     one line on stderr that begins with `error:`; an interrupt ends it with 75 if a checkpoint was saved, else with 130.
     """
     launch.watch_parent()
-    signal.signal(signal.SIGTERM, _stop)  # until training takes over, which saves first
+    for number in launch.SIGNALS:  # until training takes over, which saves first
+        signal.signal(number, signal.default_int_handler)
     register_resolvers()
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -87,10 +87,6 @@ def config_options() -> list[str]:
     """The --config-dir of this command line, for the processes that it starts."""
     sources = HydraConfig.get().runtime.config_sources
     return [part for source in sources if source.provider == "command-line" for part in ("--config-dir", source.path)]
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _remove_empty(folder: Path) -> None:
@@ -191,6 +187,8 @@ def _bad_value(error: Any) -> str:
 
 def _no_match(text: str) -> str:
     first = text.splitlines()[0]
+    if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", first):
+        return f"{first}: add -m to run them one after the other, or write {found[1]}=[{found[2]}] for a list"
     if found := re.match(r"Could not override '([^'@]+).*No match in the defaults list", text, re.DOTALL):
         return f"there is no config group or key '{found[1]}'{nearest(found[1], _top_level())}"
     return first

@@ -26,12 +26,20 @@ ERRORS = "ELARA_ERRORS"  # folder where a rank leaves its one-line error for the
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 POLL = 0.1  # seconds between looks at the ranks
 GRACE = 5.0  # seconds that the other ranks get to end by themselves when one has failed
-SAVING = 120.0  # seconds that a process without its parent gets to save
+SAVING = 600.0  # seconds that a process without its parent gets to save
+STAMP = "%Y-%m-%d_%H-%M-%S"  # names of the folders of runs and sweeps
+# What tells a process its place among ranks; the jobs of a sweep start ranks of their own
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_rank() -> bool:
     """Whether this process is one of several that something started together: this module, torchrun or srun."""
-    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    return "LOCAL_RANK" in os.environ or is_slurm_task()
+
+
+def is_slurm_task() -> bool:
+    """Whether srun started this process beside others; the script of an sbatch job knows their number, but is none."""
+    return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def local_rank() -> int:
@@ -53,7 +61,7 @@ def nodes() -> int:
     """Machines that torchrun or srun started ranks on."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-    return int(os.environ.get("SLURM_NNODES", "1")) if is_rank() else 1
+    return int(os.environ.get("SLURM_NNODES", "1")) if is_slurm_task() and ERRORS not in os.environ else 1
 
 
 def stamp() -> str:
@@ -61,22 +69,22 @@ def stamp() -> str:
 
     torchrun's ranks hear it from the first one, through torchrun's own store; those of a SLURM step take its number.
     """
-    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    now = time.strftime(STAMP)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False)
+        key = f"elara/stamp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if global_rank() == 0:
-            store.set("elara/stamp", now)
-        return str(store.get("elara/stamp").decode())
-    if is_rank() and "SLURM_JOB_ID" in os.environ:
-        return f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', '0')}"
-    return now
+            store.set(key, now)
+        return str(store.get(key).decode())
+    return f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}" if is_slurm_task() else now
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """The environment for a process that must not outlive this one."""
-    return {**os.environ, PARENT: str(os.getpid()), **more}
+    """The environment for a process that must not outlive this one; `more` may give it a place among ranks."""
+    inherited = {name: value for name, value in os.environ.items() if name not in PLACE}
+    return {**inherited, PARENT: str(os.getpid()), **more}
 
 
 def watch_parent() -> None:
@@ -126,7 +134,7 @@ def run_ranks(command: Sequence[str], count: int, resume: str) -> int:
                 for rank in range(count):
                     environment = child_environment(LOCAL_RANK=str(rank), RANK=str(rank), **shared)
                     ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
-                codes = _wait(ranks)
+                codes, ended = _wait(ranks)
         finally:
             for process in ranks:
                 _kill(process)
@@ -134,7 +142,7 @@ def run_ranks(command: Sequence[str], count: int, resume: str) -> int:
             return 0
         if set(codes.values()) == {EXIT_SAVED}:
             return EXIT_SAVED
-        return _explain(codes, ranks, Path(errors), resume)
+        return _explain(codes, ended, ranks, Path(errors), resume)
 
 
 def cores() -> int:
@@ -150,9 +158,13 @@ def signal_name(code: int) -> str:
         return f"signal {-code}"
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Exit codes by rank, in the order in which the ranks ended; those that do not end after a failure are killed."""
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[dict[int, int], set[int]]:
+    """Exit codes by rank, in the order in which the ranks ended, and the ranks that were killed here.
+
+    When one has failed, or all but some have saved, the others get GRACE seconds.
+    """
     codes: dict[int, int] = {}
+    killed: set[int] = set()
     deadline = float("inf")
     while len(codes) < len(ranks):
         ended = {rank: p.returncode for rank, p in enumerate(ranks) if rank not in codes and p.poll() is not None}
@@ -160,18 +172,25 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
         codes.update(sorted(ended.items(), key=lambda item: item[1]))
         if any(code not in (0, EXIT_SAVED) for code in ended.values()):
             deadline = min(deadline, time.monotonic() + GRACE)
+        elif EXIT_SAVED in ended.values():
+            deadline = min(deadline, time.monotonic() + SAVING)
         if time.monotonic() > deadline:
-            for process in ranks:
-                _kill(process)
+            for rank, process in enumerate(ranks):
+                if process.poll() is None:
+                    killed.add(rank)
+                    _kill(process)
         time.sleep(POLL)
-    return codes
+    return codes, killed
 
 
 def _explain(
-    codes: Mapping[int, int], ranks: Sequence[subprocess.Popen[bytes]], errors: Path, resume: str
+    codes: Mapping[int, int], ended: set[int], ranks: Sequence[subprocess.Popen[bytes]], errors: Path, resume: str
 ) -> int:
-    """Say once, for all ranks, what happened; returns the exit code or raises ElaraError."""
+    """Say once, for all ranks, what happened; returns the exit code or raises ElaraError. ended: those killed by us."""
+    codes = {rank: code for rank, code in codes.items() if rank not in ended} or codes
     killed = next((rank for rank, code in codes.items() if code < 0), None)
+    if all(code in (0, EXIT_SAVED) for code in codes.values()):
+        raise ElaraError(f"ranks {sorted(ended)} hung when the others had ended: go on with {resume}")
     first = next(rank for rank, code in codes.items() if code not in (0, EXIT_SAVED))
     lines = {rank: _read(errors / str(rank)) for rank in codes}
     own = next((lines[rank] for rank in sorted(codes) if lines[rank] and codes[rank] > 0), "")

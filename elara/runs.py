@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +15,9 @@ from typing import IO, Any
 import yaml
 
 from elara.errors import ElaraError
+from elara.launch import STAMP
 
+LOCK = ".lock"  # held by the process that trains in a folder
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -38,6 +43,13 @@ class Run:
     def overrides(self) -> Path:
         """The command line's overrides as Hydra saved them, a YAML list."""
         return self.path / ".hydra" / "overrides.yaml"
+
+    def discard(self) -> None:
+        """Remove the traces of a run that never began; what else lies in the folder stays, and so does the folder."""
+        shutil.rmtree(self.path / ".hydra", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.path / LOCK).unlink(missing_ok=True)
+            self.path.rmdir()
 
     def read_overrides(self) -> list[str]:
         """The command line's overrides; [] where Hydra saved none."""
@@ -87,20 +99,27 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return bool(self.read_summary().get("finished"))
+        """Whether training reached its last step; of a job without a summary, whether its process ended well."""
+        if summary := self.read_summary():
+            return bool(summary.get("finished"))
+        return _read_json(self.job).get("exit_code") == 0
 
     def read_summary(self) -> dict[str, Any]:
         """summary.json, or {} while there is none."""
-        try:
-            summary: dict[str, Any] = json.loads(self.summary.read_text("utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return summary
+        return _read_json(self.summary)
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints step-N, newest first."""
         found = [p for p in (self.path / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
         return sorted(found, key=step_of, reverse=True)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def step_of(checkpoint: Path) -> int:
@@ -121,7 +140,15 @@ def find_runs(name: str | None = None, root: Path | None = None) -> list[Run]:
     root = root or train_root()
     folders = (root / name).glob("*/") if name else root.glob("*/*/")
     runs = [Run(folder) for folder in folders if (folder / ".hydra").is_dir()]
-    return sorted(runs, key=lambda run: (run.path.name, run.path.stat().st_mtime_ns), reverse=True)
+    return sorted(runs, key=_began, reverse=True)
+
+
+def _began(run: Run) -> tuple[str, int]:
+    """When a run began: its folder's name, or, where that is no time, the folder's own."""
+    made = (run.path / ".hydra").stat().st_mtime
+    name = run.path.name
+    stamp = name if re.match(r"\d{4}-\d\d-\d\d_", name) else time.strftime(STAMP, time.localtime(made))
+    return stamp, run.path.stat().st_mtime_ns
 
 
 def newest_unfinished(name: str, root: Path | None = None) -> Run | None:
@@ -179,7 +206,7 @@ def claim(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held open on purpose
+        lock = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115 - held open on purpose
     except OSError as error:
         raise ElaraError(f"cannot write to {folder}: {error.strerror}") from error
     try:

@@ -53,5 +53,12 @@ def read(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dic
 
 
 def read_into(folder: Path, state: dict[str, Any]) -> None:
-    """Fill a state dict in place, each rank with its own shards; every rank of the process group calls this."""
-    load(state, checkpoint_id=folder)
+    """Fill a state dict in place, each rank with its own shards; every rank of the process group calls this.
+
+    Raises ElaraError when a file is damaged.
+    """
+    try:
+        load(state, checkpoint_id=folder)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise ElaraError(f"{folder} is damaged: {str(reason).splitlines()[0]}") from error

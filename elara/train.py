@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -10,7 +12,9 @@ from omegaconf import DictConfig
 
 from elara import launch
 from elara.cli import config_options, config_path, hydra_main, register_resolvers
+from elara.errors import ElaraError
 from elara.overrides import quoted, without
+from elara.runs import Run
 from elara.sweep import multirun
 from elara.training import resume
 from elara.training.config import register
@@ -23,31 +27,60 @@ def train(config: DictConfig) -> None:
         multirun.run_job(config.sweep.ray)
         return
     # torch and Lightning take seconds to import: a typo or `--cfg job` should not wait for them
-    if not launch.is_rank() and config.trainer.get("strategy", "auto") != "auto":
-        from elara.device import processes
-
-        if (count := processes(config.trainer)) > 1:
-            folder = str(hydra.runtime.output_dir)
-            overrides = [*hydra.overrides.task, *without(hydra.overrides.hydra, "hydra.run", "hydra.mode")]
-            place = [f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
-            command = [sys.executable, "-m", "elara.train", *config_options(), *overrides, *place]
-            code = launch.run_ranks(command, count, f"python -m elara.train resume={folder}")
-            raise SystemExit(code)
+    here = Run(Path(hydra.runtime.output_dir))
+    try:
+        count = 1 if launch.is_rank() else _processes(config)
+        if count > 1:
+            _start_ranks(count, here)
+    except BaseException:
+        if not here.config.exists():
+            here.discard()  # nothing was trained: leave no empty run behind
+        raise
     from elara.training.run import run
 
     run(config)
 
 
+def _processes(config: DictConfig) -> int:
+    """How many processes this machine is to train with, each on a device of its own."""
+    alone = config.trainer.get("strategy", "auto") == "auto"
+    if alone and config.trainer.get("devices", 1) == 1:
+        return 1
+    from elara.device import processes
+
+    count = processes(config.trainer)
+    if count > 1 and alone:
+        raise ElaraError(f"trainer.devices={count} needs a way to share the work: take trainer=ddp or ddp_cpu")
+    return count
+
+
+def _start_ranks(count: int, here: Run) -> NoReturn:
+    """Train in `count` processes that do what this one was told, and end as they do."""
+    hydra = HydraConfig.get()
+    overrides = [*hydra.overrides.task, *without(hydra.overrides.hydra, "hydra.run", "hydra.mode")]
+    place = [f"hydra.run.dir={quoted(str(here.path))}", "hydra.output_subdir=null"]
+    command = [sys.executable, "-m", "elara.train", *config_options(), *overrides, *place]
+    raise SystemExit(launch.run_ranks(command, count, f"python -m elara.train resume={here.path}"))
+
+
 def rewrite(arguments: list[str]) -> list[str]:
     """Let `resume=` and `sweep.resume=` take over the arguments of the run or sweep that goes on."""
     register_resolvers()
+    if launch.is_rank():
+        if {"-m", "--multirun"} & set(arguments):
+            raise ElaraError("a sweep (-m) starts its processes itself: run it without torchrun or srun")
+        if launch.global_rank() > 0:
+            arguments = [*arguments, "hydra.output_subdir=null"]  # .hydra is rank 0's to write
     return resume.rewrite(multirun.rewrite(arguments), config_path())
 
 
 def main() -> None:
     """Console script `elara-train`."""
     register()
-    hydra_main("train", train, rewrite)
+    try:
+        hydra_main("train", train, rewrite)
+    finally:
+        multirun.end()
 
 
 if __name__ == "__main__":

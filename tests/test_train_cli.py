@@ -55,6 +55,10 @@ WRONG = {
     "sweep.resume=nowhere": ["nowhere is not a sweep folder"],
     "trainer.devices=99": ["trainer.devices=99, but this machine has", "cores: give at most"],
     "trainer.devices=none": ["trainer.devices=none must be a whole number"],
+    "trainer.devices=2": ["trainer.devices=2 needs a way to share the work: take trainer=ddp or ddp_cpu"],
+    "sweep.ray.address=auto": ["sweep.ray is about launcher=ray"],
+    "sweep.resume=": ["sweep.resume= needs a sweep folder, or auto"],
+    "seed=1,2": ["seed=1,2", "add -m to run them one after the other, or write seed=[1,2] for a list"],
     "launcher=slurm": ["there is no launcher=slurm", "choices: basic, joblib"],
     "resume=nowhere": ["nowhere", "is not a run folder"],
     "init_from=nowhere": ["there is no checkpoint at 'nowhere'"],
@@ -76,6 +80,36 @@ def test_a_mistake_is_one_line_that_names_it(cli, argument: str, tmp_path: Path)
         assert part in err
     assert out == ""
     assert not list(tmp_path.glob("outputs/**/.hydra"))  # and no empty run is left to be resumed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-m", "seed=1,2", "--cfg", "job"], "--cfg shows the configuration of one run: leave out -m"),
+        (["-m", "moe=glob(*)"], "glob() is not read in a sweep"),
+        (["-m", "moe=none,deepsek"], "there is no moe=deepsek (did you mean 'deepseek'?)"),
+        (["-m", "seed=1,2", "resume=auto"], "it does not go with --multirun"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line_and_leaves_nothing(
+    cli, arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    code, out, err = cli(*arguments)
+    assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert not list(tmp_path.glob("outputs/sweeps/*/*"))
+
+
+def test_a_folder_of_the_users_is_never_removed(cli, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it", "utf-8")
+    code, _, _ = cli(f"hydra.run.dir={tmp_path}/mine", "optimizer.lr=abc")
+    assert code == 1 and [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_ranks_of_torchrun_do_not_start_sweeps(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    code, _, err = cli("-m", "seed=1,2")
+    assert code == 1 and "run it without torchrun or srun" in err
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine has a GPU")
@@ -103,7 +137,7 @@ def test_a_large_model_with_ddp_composes_without_importing_torch() -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "n_layer: 32" in done.stdout and "strategy: ddp" in done.stdout
+    assert "n_layer: 32" in done.stdout and "elara.training.distributed.ddp" in done.stdout
 
 
 def test_an_unwritable_output_folder_is_one_line(cli, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def _bare(value: str) -> str:
 
 def _state(run: Run, job: dict[str, Any], summary: dict[str, Any]) -> State:
     code = job.get("exit_code")
-    if summary.get("finished") or (code == 0 and not summary):  # callbacks=minimal writes no summary
+    if run.finished:
         return "finished"
     if job.get("pruned_at") is not None:
         return "pruned"

@@ -182,11 +182,6 @@ def _lines(settings: Mapping[str, Any], above: str, given: set[str], depth: int 
             yield from _lines(value, path, given, depth + 1)
 
 
-def _plain(value: Any) -> str:
-    """A YAML value on one line, as HTML."""
-    return escape(yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip())
-
-
 def _environment(summary: Mapping[str, Any]) -> str:
     hardware, versions = summary.get("hardware", {}), summary.get("versions", {})
     gpus = hardware.get("gpus") or []

@@ -41,6 +41,8 @@ def search(config: DictConfig) -> None:
 
 def rewrite(arguments: list[str]) -> list[str]:
     """What stands behind `--` becomes the list `overrides`."""
+    if {"-m", "--multirun"} & set(arguments):
+        raise ElaraError("a search runs many trainings already: leave out -m")
     if "--" not in arguments:
         return arguments
     place = arguments.index("--")

@@ -40,9 +40,13 @@ class Cluster:
         self._sent.append(self._ray.remote(**self._options)(function).remote(argument))
 
     def wait(self) -> None:
-        """Wait for all calls. An interrupt is passed on to them, and raised when they have ended."""
+        """Wait for all calls, those included whose worker was lost. An interrupt is passed on to them, then raised."""
         try:
-            self._ray.get(self._sent)
+            for call in self._sent:
+                try:
+                    self._ray.get(call)
+                except self._ray.exceptions.RayError as error:
+                    print(f"a job was lost: {str(error).splitlines()[0]}", flush=True)
         except BaseException:
             for call in self._sent:
                 self._ray.cancel(call)

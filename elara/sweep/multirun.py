@@ -6,7 +6,9 @@ overrides. So a job that fails, or is killed, or takes several processes, leaves
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -22,16 +24,17 @@ from omegaconf import DictConfig
 
 from elara.cli import config_options, fail
 from elara.errors import ElaraError, Interrupted
-from elara.launch import child_environment, signal_name
+from elara.launch import SIGNALS, child_environment, signal_name
 from elara.overrides import is_override, key_of, quoted, value_of, without
 from elara.plan import MULTIRUN, read_plan
-from elara.runs import Run, sweep_root
+from elara.runs import LOCK, Run, claim, project_root, sweep_root
 from elara.sweep.cluster import Cluster
 
-MOST_FAILED = 125  # exit codes above it mean something else to a shell
+MOST_FAILED = 74  # the exit code above it says that a run was interrupted, with a checkpoint saved
 NOT_THE_JOBS = ("launcher", "sweep", "hydra")  # what concerns the sweep, not the runs in it
 
 _cluster: Cluster | None = None  # of the sweep that this process coordinates
+_claimed: tuple[Path, IO[str]] | None = None  # its folder, and the lock on it
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Job:
     number: int
     overrides: list[str]
     options: list[str] = field(default_factory=list)  # of the command line, such as --config-dir
+    cwd: str = field(default_factory=os.getcwd)  # what relative paths are relative to, on whichever machine
+    home: str = field(default_factory=lambda: str(project_root()))
 
     @property
     def run(self) -> Run:
@@ -78,7 +83,7 @@ def execute(job: Job) -> None:
     arguments = [*job.options, *overrides, f"hydra.run.dir={quoted(str(run.path))}"]
     if run.checkpoints():
         arguments.append(f"resume={quoted(str(run.path))}")
-    code = _train(run, arguments, f"[{job.number + 1}] ")
+    code = _train(job, arguments)
     seconds = time.monotonic() - began
     error = None if code == 0 else _error(run, code)
     ended = {"exit_code": code, "error": error, "seconds": round(seconds, 1), "overrides": overrides}
@@ -87,14 +92,24 @@ def execute(job: Job) -> None:
 
 
 class Report(Callback):
-    """After the last job: the sweep's summary, and an exit code that says how many jobs failed."""
+    """Around the jobs: nobody else runs this sweep, and behind the last one come its summary and exit code."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        global _claimed
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            if config.hydra.sweeper.get("params"):
+                raise ElaraError("hydra.sweeper.params is not read: give the values on the command line, as key=a,b")
+            _claimed = (folder, claim(folder))
+        except ElaraError as error:
+            fail(error)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         try:
             if _cluster is not None:
                 _cluster.wait()
-            failed = _report(folder)
+            failed = _finish()
         except KeyboardInterrupt:
             fail(interrupted(folder))
         except Exception as error:  # Hydra would make a warning of it
@@ -103,13 +118,28 @@ class Report(Callback):
             raise SystemExit(min(failed, MOST_FAILED))
 
 
+def end() -> None:
+    """Write the summary of a sweep that Hydra's launcher gave up, or leave nothing of one that never began a job."""
+    if _claimed is None:
+        return
+    folder = _claimed[0]
+    if any(path.is_dir() for path in folder.glob("[0-9]*")):
+        _finish()
+        return
+    for name in (MULTIRUN, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def rewrite(arguments: list[str]) -> list[str]:
     """Let `sweep.resume=<folder>|auto` take over the arguments of the sweep that goes on.
 
     Jobs that are finished are not run again. Only launcher and hydra settings may be given anew: other overrides would
-    make other jobs. Raises ElaraError when there is no such sweep.
+    make other jobs. Raises ElaraError when there is no such sweep, and for what a sweep cannot do.
     """
     given = {key_of(text): text for text in arguments if is_override(text)}
+    _refuse(arguments, given)
     wanted = value_of(given["sweep.resume"]) if "sweep.resume" in given else ""
     if not wanted:
         return arguments
@@ -135,44 +165,65 @@ def interrupted(sweep: Path) -> Interrupted:
 def newest_sweep(name: str, root: Path | None = None) -> Path:
     """The newest sweep called `name` that has a job left to run; raises ElaraError when there is none."""
     root = root or sweep_root()
-    for folder in sorted((root / name).glob(f"*/{MULTIRUN}"), reverse=True):
-        if any(not Run(folder.parent / str(i)).finished for i in range(len(read_plan(folder.parent).jobs))):
-            return folder.parent
+    for folder in sorted(file.parent for file in (root / name).glob(f"*/{MULTIRUN}"))[::-1]:
+        runs = [Run(folder / str(i)) for i in range(len(read_plan(folder).jobs))]
+        if any(run.path.exists() for run in runs) and not all(run.finished for run in runs):
+            return folder
     raise ElaraError(f"nothing to resume: no sweep called '{name}' under {root} has a job left to run")
 
 
-def _report(folder: Path) -> int:
-    """Write and print the summary; returns the number of jobs that are not finished."""
+def _refuse(arguments: list[str], given: dict[str, str]) -> None:
+    """Raise ElaraError for arguments that Hydra would take and that make no sweep of ours."""
+    many = {"-m", "--multirun"} & set(arguments)
+    if given.get("sweep.resume") == "sweep.resume=":
+        raise ElaraError("sweep.resume= needs a sweep folder, or auto")
+    if many and {"--cfg", "-c"} & set(arguments):
+        raise ElaraError("--cfg shows the configuration of one run: leave out -m")
+    if many and (found := next((text for text in given.values() if "=glob(" in text), None)):
+        raise ElaraError(f"{found}: glob() is not read in a sweep, name the options, as key=a,b")
+    if "launcher=ray" not in given.values() and any(key.startswith("sweep.ray") for key in given):
+        raise ElaraError("sweep.ray is about launcher=ray: give that too")
+
+
+def _finish() -> int:
+    """Write and print the summary and let go of the folder; returns the number of jobs that are not finished."""
+    global _claimed
     from elara.report import print_summary, summarize  # matplotlib takes a second to import
 
+    assert _claimed is not None
+    folder, lock = _claimed
+    _claimed = None
+    lock.close()
     summary = summarize(folder)
     print_summary(summary)
     jobs = read_plan(folder).jobs
     failed = sum(not Run(folder / str(i)).finished for i in range(len(jobs)))
     if failed:
-        _say(f"{failed} of {len(jobs)} jobs failed; run only those: {go_on(folder)}")
+        _say(f"{failed} of {len(jobs)} jobs are not finished; run only those: {go_on(folder)}")
     return failed
 
 
-def _train(run: Run, arguments: list[str], prefix: str) -> int:
+def _train(job: Job, arguments: list[str]) -> int:
     """Run elara.train, its words into job.log and its progress to the terminal too; returns its exit code.
 
     A signal is passed on to it and ends the sweep, raising Interrupted, once the job has saved.
     """
     asked: list[int] = []
+    run, prefix = job.run, f"[{job.number + 1}] "
     command = [sys.executable, "-m", "elara.train", *arguments]
     run.path.mkdir(parents=True, exist_ok=True)
-    with open(run.job_log, "w", encoding="utf-8") as log:
+    run.job.unlink(missing_ok=True)
+    with open(run.job_log, "a", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-            env=child_environment(), start_new_session=True,
+            env=child_environment(ELARA_HOME=job.home), cwd=job.cwd, start_new_session=True,
         )  # fmt: skip
 
         def pass_on(number: int, frame: Any) -> None:
             asked.append(number)
             process.send_signal(number)
 
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
         try:
             assert process.stdout is not None
             for line in process.stdout:

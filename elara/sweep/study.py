@@ -22,6 +22,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal._file import get_lock_file
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from elara.errors import ElaraError
@@ -50,9 +51,10 @@ class SharedStudy:
         self.folder = folder
         journal = folder / JOURNAL
         with self.alone("start"):
-            _mend(journal)
+            lock = JournalFileOpenLock(str(journal))
+            _mend(journal, lock)
             try:
-                self._storage = JournalStorage(JournalFileBackend(str(journal), JournalFileOpenLock(str(journal))))
+                self._storage = JournalStorage(JournalFileBackend(str(journal), lock))
                 self.study = self._open(fixed)
             except (ValueError, KeyError) as error:
                 raise ElaraError(f"{journal} cannot be read ({error}): move it away to begin anew") from error
@@ -196,11 +198,11 @@ def make_pruner(wanted: SearchConfig, steps: Steps) -> BasePruner:
     return NopPruner()
 
 
-def _mend(journal: Path) -> None:
+def _mend(journal: Path, lock: JournalFileOpenLock) -> None:
     """Cut off half a line that a full disk or a lost machine left at the end: lines written behind it would be lost."""
     if not journal.exists():
         return
-    with open(journal, "rb+") as file:
+    with get_lock_file(lock), open(journal, "rb+") as file:
         content = file.read()
         if content and not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)

@@ -28,11 +28,11 @@ def ddp(timeout: float = 600.0) -> DDPStrategy:
 def environment() -> list[ClusterEnvironment]:
     """The plugin that tells Lightning who started this process, where it would guess otherwise.
 
-    Ranks that we started ourselves are no SLURM tasks, even inside a SLURM job; SLURM tasks are not requeued by
-    Lightning, which would save and submit behind the back of `callbacks.interrupt`.
+    Ranks that we started ourselves, and a process alone, are no SLURM tasks, even inside a SLURM job. SLURM tasks are
+    not requeued by Lightning, which would save and submit behind the back of `callbacks.interrupt`.
     """
-    if launch.ERRORS in os.environ:
-        return [LightningEnvironment()]
-    if launch.is_rank() and SLURMEnvironment.detect():
+    if launch.local_ranks() is not None:
+        return []  # torchrun
+    if launch.is_slurm_task() and launch.ERRORS not in os.environ:
         return [SLURMEnvironment(auto_requeue=False)]
-    return []
+    return [LightningEnvironment()]

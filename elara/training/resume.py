@@ -34,7 +34,8 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
     if {"-m", "--multirun"} & set(arguments):
         raise ElaraError("resume continues one run: it does not go with --multirun")
     if wanted == "auto":
-        found = newest_unfinished(_name([text for key, text in given.items() if key != "resume"], config_path))
+        others = [text for key, text in given.items() if key != "resume"]
+        found = newest_unfinished(_name([*others, *_search_path(arguments)], config_path))
         if found is None:
             if global_rank() == 0:
                 print("note: there is no run of this name to go on with: it begins now", file=sys.stderr)
@@ -61,6 +62,16 @@ def _name(overrides: list[str], config_path: str) -> str:
     )
     with initialize:
         return str(compose("train", overrides=overrides).name)
+
+
+def _search_path(arguments: list[str]) -> list[str]:
+    """The folder of --config-dir as an override that a composition understands."""
+    for i, text in enumerate(arguments):
+        option, _, value = text.partition("=")
+        if option in ("--config-dir", "-cd"):
+            folder = Path(value or arguments[i + 1 : i + 2][0]).resolve()
+            return [f"hydra.searchpath=[{quoted(f'file://{folder}')}]"]
+    return []
 
 
 def _saved_overrides(run: Run) -> list[str]:

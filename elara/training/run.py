@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -70,8 +69,8 @@ def run(config: DictConfig) -> None:
         parts = build(config, settings)
         start = begin(config, parts, here)
     except BaseException:
-        if first and not here.config.exists() and not here.job_log.exists():
-            shutil.rmtree(here.path, ignore_errors=True)  # nothing was trained: leave no empty run behind
+        if first and not here.config.exists():
+            here.discard()  # nothing was trained: leave no empty run behind
         raise
     if first:
         note_changes(here, settings)
@@ -215,8 +214,13 @@ def restore(parts: Parts, found: list[Path]) -> Start:
     for path in found:
         try:
             checkpoint.same_architecture(path, checkpoint.read_config(path), parts.module.model.config)
-            checkpoint.verify(path, checkpoint.read_meta(path), checkpoint.TRAINER)
-            meta = load_weights(path, parts)
+            meta = checkpoint.read_meta(path)
+            for name in (checkpoint.TRAINER, *meta.get("crc32", {})):  # on every rank: they must agree where to go on
+                checkpoint.verify(path, meta, name)
+            if (path / checkpoint.OPTIMIZER).is_dir() != isinstance(parts.trainer.strategy, FSDP):
+                saved = "fsdp" if (path / checkpoint.OPTIMIZER).is_dir() else "another trainer than fsdp"
+                raise ElaraError(f"{path} was saved by trainer={saved}: resume with that, or start anew with init_from")
+            load_weights(path, parts)
         except ElaraError as error:
             errors.append(error)
             continue
@@ -233,9 +237,9 @@ def restore(parts: Parts, found: list[Path]) -> Start:
 def load_weights(path: Path, parts: Parts) -> dict[str, Any]:
     """Copy a checkpoint's weights into the module's model; returns its meta. Raises ElaraError when they do not fit."""
     meta, module = checkpoint.read_meta(path), parts.module
+    tokenizers.check_fingerprint(module.tokenizer.fingerprint, meta["tokenizer"], "the data's tokenizer")
     if elsewhere(parts.trainer):
         return meta
-    tokenizers.check_fingerprint(module.tokenizer.fingerprint, meta["tokenizer"], "the data's tokenizer")
     state: dict[str, Tensor] = checkpoint.read_weights(path, meta)
     checkpoint.fit(path, state, module.model)
     module.model.load_state_dict(state)

@@ -21,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from elara import shards
 from elara.checkpoint import OPTIMIZER, SHARDS
-from elara.errors import ElaraError
 from elara.model import ElaraLM
 
 
@@ -35,17 +34,20 @@ def gathered(model: ElaraLM) -> Iterator[None]:
     for part in parts.values():
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-    yield
-    for name, part in parts.items():
-        part.set_reshard_after_forward(bool(name), recurse=False)  # the losses need the root's heads
-        part.reshard()
+    try:
+        yield
+    finally:
+        for name, part in parts.items():
+            part.set_reshard_after_forward(bool(name), recurse=False)  # the losses need the root's heads
+            part.reshard()
 
 
 class FSDP(ModelParallelStrategy):
     """Every rank holds a shard of each block's weights, gradients and optimizer state (ZeRO-3, arXiv 1910.02054).
 
     Weights are gathered in float32 and autocast decides what runs in bf16: the router stays in float32. A model is
-    built on rank 0 alone; checkpoints are written in shards by all ranks and read by any number of them.
+    built on rank 0 alone; checkpoints are written in shards by all ranks and read by any number of them. Accumulation
+    reduces every micro-batch: keeping whole gradients until the last one would cost what sharding saves.
 
     timeout: seconds that a rank waits for the others before it gives up.
     """
@@ -86,8 +88,6 @@ class FSDP(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Restore the optimizer from its shards; the weights came before, with `elara.checkpoint`."""
         path = Path(self.broadcast(checkpoint_path))
-        if not (path.parent / OPTIMIZER).is_dir():
-            raise ElaraError(f"{path.parent} was not saved by trainer=fsdp: resume it with the trainer it had")
         (optimizer,), model = self.optimizers, self.model
         assert model is not None
         state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)

@@ -92,7 +92,7 @@ def test_a_failing_job_is_reported_and_the_others_go_on_in_one_tree(home) -> Non
     assert job["exit_code"] == 1 and job["error"] == "trm.depth=0 must be at least 1"
     assert Run(folder / "1").read_summary()["world_size"] == 2
     assert "[1/4] moe=none trm.depth=0: failed: trm.depth=0 must be at least 1" in done.stdout
-    assert "2 of 4 jobs failed; run only those:" in done.stdout
+    assert "2 of 4 jobs are not finished; run only those:" in done.stdout
     with open(folder / "summary.csv", encoding="utf-8", newline="") as file:
         assert len(list(csv.DictReader(file))) == 4
     assert (folder / "summary.png").stat().st_size > 10000

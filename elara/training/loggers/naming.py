@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
+from elara.errors import ElaraError
 from elara.overrides import key_of, value_of, without
+from elara.plan import is_sweep, read_plan
 from elara.report.measures import short_keys, tidy
 from elara.runs import Run
 
@@ -24,7 +22,7 @@ def telling(folder: Path) -> list[str]:
     In a sweep these are the ones that differ from job to job. Elsewhere: all, but those about logging, hardware and
     places in the file system.
     """
-    overrides = _yaml_list(Run(folder).overrides)
+    overrides = Run(folder).read_overrides()
     if varied := _varied(folder.parent):
         return [text for text in overrides if key_of(text) in varied]
     return [text for text in without(overrides, *ASIDE) if "=" in text and not _is_place(text)]
@@ -43,7 +41,7 @@ def tags(overrides: Sequence[str]) -> list[str]:
 
 def kind(folder: Path) -> str:
     """train, sweep or search: what the run in `folder` is part of."""
-    if _sweep(folder.parent).exists():
+    if is_sweep(folder.parent):
         return "sweep"
     return "search" if (folder.parent / "journal.log").exists() else "train"
 
@@ -54,30 +52,16 @@ def group(folder: Path) -> str | None:
     return {"sweep": f"{whole.parent.name}/{whole.name}", "search": whole.name}.get(kind(folder))
 
 
-def _sweep(folder: Path) -> Path:
-    return folder / "multirun.yaml"
-
-
 def _varied(folder: Path) -> set[str]:
     """Keys that the sweep in `folder` gives several values."""
     try:
-        config = yaml.safe_load(_sweep(folder).read_text("utf-8"))
-        given = [str(text) for text in config["hydra"]["overrides"]["task"]]
-        parser = OverridesParser.create()
-        return {key_of(text) for text in given if parser.parse_override(text).is_sweep_override()}
-    except (OSError, yaml.YAMLError, HydraException, KeyError, TypeError):
-        return set()
+        return set(read_plan(folder).swept)
+    except ElaraError:
+        return set()  # no sweep, or a record that a name is not worth failing for
 
 
 def _is_place(override: str) -> bool:
     return key_of(override).endswith("path") or "/" in value_of(override)
-
-
-def _yaml_list(file: Path) -> list[str]:
-    try:
-        return [str(text) for text in yaml.safe_load(file.read_text("utf-8")) or []]
-    except (OSError, yaml.YAMLError):
-        return []
 
 
 def _value(override: str) -> str:
