@@ -175,7 +175,8 @@ def test_slurms_tasks_share_one_folder(home) -> None:
     options = home.tiny("name=slurm", "trainer=ddp_cpu", "data.batch_size=2", "trainer.max_steps=4", *QUIET)
     slurm = {
         "SLURM_JOB_ID": "4242", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "elara", "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1",
+        "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1",
     }  # fmt: skip
     tasks = [
         subprocess.Popen(
