@@ -55,7 +55,7 @@ test: $(DEV) ## the fast tests, with the coverage of model and decoding
 	@$(PY) -m pytest -m "not slow" $(PARALLEL) --cov --cov-report=term
 
 test-all: test counterparts ## the fast tests, then the slow ones and those with a real counterpart
-	@$(PY) -m pytest -m slow
+	@$(PY) -m pytest -m slow $(PARALLEL)
 
 # What no Python package brings. Where it cannot be installed, the tests that need it say so and are skipped.
 counterparts:

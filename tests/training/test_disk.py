@@ -57,4 +57,4 @@ def test_a_read_only_outputs_folder_is_one_line(home, disk) -> None:
     assert done.returncode == 1
     assert done.stderr == f"error: cannot write {folder}/run: Read-only file system\n"
     done = home.run("-m", *home.tiny(f"hydra.sweep.dir={folder}/sweep", "seed=1,2"))
-    assert done.returncode == 1 and done.stderr == f"error: cannot write {folder}/sweep: Read-only file system\n"
+    assert done.returncode == 1 and done.stderr == f"error: cannot write to {folder}/sweep: Read-only file system\n"

@@ -114,7 +114,8 @@ def run_folder(path: Path, *overrides: str) -> Path:
 
 def sweep_folder(path: Path, *overrides: str) -> Path:
     path.mkdir(parents=True)
-    (path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": {"overrides": {"task": [*overrides], "hydra": []}}}), "utf-8")
+    record = {"hydra": {"overrides": {"task": [*overrides], "hydra": []}}}
+    (path / "multirun.yaml").write_text(yaml.safe_dump(record), "utf-8")
     return path
 
 
