@@ -92,7 +92,8 @@ def _training_panels(columns: Columns) -> list[Panel]:
         ("train/grad_norm", "Gradient norm", "L2 norm before clipping"),
         ("train/tokens_per_second", "Speed", "tokens per second"),
     ]
-    return [Panel((4.0, 3.2), partial(_course, columns, *panel)) for panel in every if panel[0] in columns]
+    there = [panel for panel in every if len(points(columns, panel[0])[0])]
+    return [Panel((4.0, 3.2), partial(_course, columns, *panel)) for panel in there]
 
 
 def _course(columns: Columns, name: str, heading: str, label: str, figure: FigureBase) -> None:
