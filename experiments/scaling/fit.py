@@ -146,14 +146,23 @@ def steps_term(found: dict[Cell, Optimum]) -> tuple[float, float, dict[tuple[int
     return float(k[-1, 0]), float(q), dict(zip(groups, map(float, k[:-1, 0]), strict=True)), k[-1, 1:]
 
 
-TARGETS = {  # 20 tokens per active parameter; the depth of the study, as it says nothing about others
-    "elara_124m": Cell(768, 2, int(2.5e9), 2**18),
-    "elara_2p8b": Cell(1280, 2, int(25.6e9), 2**20),
+TARGETS = {  # 20 tokens per active parameter
+    "elara_124m": Cell(768, 12, int(2.5e9), 2**18),
+    "elara_2p8b": Cell(1280, 32, int(25.6e9), 2**20),
 }
 
 
+def other_ratios(rows: list[dict[str, float]]) -> None:
+    """Print the losses where adam_lr was varied: at the same lr, and at the same adam_lr."""
+    varied = {(row["width"], row["notch"]) for row in rows if row["ratio"] != RATIO}
+    print("width lr adam_lr loss")
+    for row in rows:
+        if (row["width"], row["notch"]) in varied and tuple(row[name] for name in Cell._fields[1:]) == BASE[1:]:
+            print(f"{row['width']:.0f} {row['lr']:.4f} {row['lr'] * row['ratio']:.4f} {row['loss_ar']:.4f}")
+
+
 def main() -> None:
-    cells, _rows = read()
+    cells, rows = read()
     found, noise = optima(cells, np.random.default_rng(0))
     print(f"noise of a run's loss {noise:.4f}")
     for cell, o in found.items():
@@ -163,9 +172,14 @@ def main() -> None:
     for name, value, error in zip(("log2 rate", *Cell._fields), rule.k, rule.draws.std(axis=0), strict=True):
         print(f"{name:10} {value:6.2f} ±{error:.2f}")
     for name, target in TARGETS.items():
-        print(name, "{:.4f} [{:.4f} {:.4f}]".format(*rule.rate(target)))
+        without = rule.rate(target._replace(layers=BASE.layers))
+        print(name, "{:.4f} [{:.4f} {:.4f}]; without depth {:.4f} [{:.4f} {:.4f}]".format(*rule.rate(target), *without))
+        fits = [fit_rule({c: o for c, o in found.items() if c != left}, np.random.default_rng(1)) for left in found]
+        each = [fit.rate(target)[0] for fit in fits]
+        print(f"  without any one setting {min(each):.4f} to {max(each):.4f}")
     k, q, levels, _ = steps_term(found)
     print("steps", k, q, levels)
+    other_ratios(rows)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from elara.cli import guard
 from elara.report.style import BLUE, GREEN, ORANGE, PALETTE, STYLE
 
 HERE = Path(__file__).parent
+CONFIG = {"elara_124m": 0.02, "elara_2p8b": 0.02}  # optimizer.lr of conf/experiment
 
 
 def load_fit() -> Any:
@@ -45,31 +46,41 @@ def main() -> None:
         rates.xaxis.set_major_locator(FixedLocator([0.005, 0.01, 0.02, 0.04, 0.08]))
         rates.xaxis.set_major_formatter("{x:g}")
         rates.xaxis.set_minor_locator(NullLocator())
-        rates.legend(fontsize=8, loc="lower right")
-        x = np.geomspace(48, 1600, 60)
-        for size, colour, words in ((batch, BLUE, "batches of 1 k tokens"), (2**18, ORANGE, "of 262 k (extrapolated)")):
-            best, low, high = np.array([rule.rate(fit.Cell(w, 2, tokens, size)) for w in x]).T
-            widths.plot(x, best, color=colour, label=words)
-            widths.fill_between(x, low, high, color=colour, alpha=0.15)
+        rates.legend(fontsize=8, loc="upper right", ncols=2)
+        x = np.geomspace(24, 1600, 60)
+        best, low, high = np.array([rule.rate(fit.Cell(w, 2, tokens, batch)) for w in x]).T
+        widths.plot(x, best, color=BLUE, label="2 blocks, batches of 1 k tokens")
+        widths.fill_between(x, low, high, color=BLUE, alpha=0.15)
         optima = [2 ** found[cell].rate for cell in by_width]
         errors = [[2 ** o.rate - 2 ** np.percentile(o.rates, 16), 2 ** np.percentile(o.rates, 84) - 2 ** o.rate]
                   for o in (found[cell] for cell in by_width)]  # fmt: skip
         widths.errorbar([c.width for c in by_width], optima, np.abs(np.array(errors)).T, fmt="o", color=BLUE, capsize=3)
-        for name, width, below in (("elara_124m", 768, -14), ("elara_2p8b", 1280, 8)):
-            widths.plot(width, 0.02, "s", color=GREEN)
-            widths.annotate(name, (width, 0.02), textcoords="offset points", xytext=(4, below), ha="right", color=GREEN)
+        for name, target in fit.TARGETS.items():
+            best, low, high = rule.rate(target)
+            spread = [[best - low], [high - best]]
+            words = "the two large sizes, extrapolated" if name == "elara_124m" else None
+            widths.errorbar(target.width, best, spread, fmt="o", color=ORANGE, capsize=4, label=words)
+            widths.plot(target.width, CONFIG[name], "s", color=GREEN, label=words and "their configurations")
+            short = name.removeprefix("elara_").replace("2p8b", "2.8 B").replace("124m", "124 M")
+            widths.annotate(short, (target.width, high), textcoords="offset points", xytext=(0, 6), ha="center")
         widths.set(xscale="log", yscale="log", title="Best rate against the width", xlabel="n_embd", ylabel="lr")
-        widths.legend(loc="lower left")
+        widths.set_xlim(24, 1900)
+        widths.yaxis.set_major_locator(FixedLocator([0.005, 0.01, 0.02, 0.04]))
+        widths.yaxis.set_major_formatter("{x:g}")
+        widths.yaxis.set_minor_locator(NullLocator())
+        widths.legend(loc="lower left", fontsize=9)
         k, q, levels, _ = fit.steps_term(found)
         for (width, total), colour in zip(levels, PALETTE, strict=False):
             group = [cell for cell in found if (cell.width, cell.layers, cell.tokens) == (width, 2, total)]
             steps = np.array([cell.tokens / cell.batch for cell in group])
-            batches.plot(steps, [found[c].loss for c in group], "o", color=colour, label=f"{total / 1e6:.1f} M tokens")
+            batches.plot(
+                steps, [found[c].loss for c in group], "o", color=colour, label=f"width {width}, {total / 1e6:.1f} M"
+            )
             line = np.geomspace(min(steps), max(steps) * 2, 40)
             batches.plot(line, levels[width, total] + k * line**-q, color=colour, linewidth=1)
-        batches.set(xscale="log", title="What large batches cost: steps (width 64)", xlabel="optimizer steps",
+        batches.set(xscale="log", title="What large batches cost: steps", xlabel="optimizer steps",
                     ylabel="held-out loss at the best rate")  # fmt: skip
-        batches.legend()
+        batches.legend(title="tokens in all")
         figure.savefig(HERE / "scaling.png")
 
 

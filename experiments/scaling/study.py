@@ -111,7 +111,7 @@ def study() -> None:
             loss(replace(base, width=width, notch=best[width] + step, seed=2))
     for batch in (2048, 4096, 512, 256):
         tune(replace(base, batch=batch), 1, rates=4)
-    best[256] = tune(replace(base, width=256), -1, rates=4)  # tests what the smaller ones predict
+    tune(replace(base, width=256), -1, rates=4)
     short, long = replace(base, tokens=96 * 1024), replace(base, tokens=1536 * 1024)
     for batch in (1024, 512, 256):
         tune(replace(short, batch=batch), 1)
@@ -120,17 +120,14 @@ def study() -> None:
     tune(replace(base, layers=4), 0, rates=4)
     for batch in (512, 2048):
         tune(replace(base, width=128, batch=batch), -1)
-    for width in (64, 192):
+    for width in (64, 192):  # adam_lr at the best lr
         for ratio in (0.05, 0.1, 0.4, 0.8):
             loss(replace(base, width=width, notch=best[width], ratio=ratio))
+    for step, ratio in ((-2, 0.4), (2, 0.1)):  # lr at the same adam_lr
+        loss(replace(base, notch=best[64] + step, ratio=ratio))
     narrow = replace(base, width=32)
-    best[32] = tune(narrow, 2, rates=6)
-    for layers in (8, 16):
-        tune(replace(narrow, layers=layers), 1)
-    tune(replace(base, layers=8), 1)
-    for width in (32, 192, 256):  # noise
-        loss(replace(base, width=width, notch=best[width], seed=2))
-    tune(replace(long, width=128), -1)
+    tune(narrow, 2, rates=6)
+    tune(replace(narrow, layers=8), 1)
 
 
 def collect() -> None:
