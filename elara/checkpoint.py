@@ -27,6 +27,7 @@ from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
 from elara.errors import ElaraError
 from elara.model import ElaraLM, convert
+from elara.runs import write_whole
 from elara.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1  # of the folder's layout; raised when an older reader would misunderstand it
@@ -158,11 +159,7 @@ def read_config(path: Path) -> ElaraConfig:
 
 def read_weights(path: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict of a checkpoint folder; raises ElaraError when a file is truncated or altered."""
-    if (path / WEIGHTS).exists():
-        verify(path, meta, WEIGHTS)
-    for name in meta.get("crc32", {}):
-        if name.startswith(f"{SHARDS}/"):
-            verify(path, meta, name)
+    verify_weights(path, meta)
     return _read_tensors(path)
 
 
@@ -182,6 +179,19 @@ def read_tokenizer(path: Path, meta: Mapping[str, Any]) -> Tokenizer:
     if meta.get("tokenizer") not in (None, tokenizer.fingerprint):
         raise ElaraError(f"{path / TOKENIZER} is not the tokenizer of these weights (fingerprints differ)")
     return tokenizer
+
+
+def verify_weights(path: Path, meta: Mapping[str, Any]) -> None:
+    """Compare the weights' files with their checksums; raises ElaraError as `verify` does."""
+    sharded = [name for name in meta.get("crc32", {}) if name.startswith(f"{SHARDS}/")]
+    for name in sharded or [WEIGHTS]:
+        verify(path, meta, name)
+
+
+def verify_trainer(path: Path, meta: Mapping[str, Any]) -> None:
+    """The same for what resuming needs beside the weights."""
+    for name in [TRAINER, *(name for name in meta.get("crc32", {}) if name.startswith(f"{OPTIMIZER}/"))]:
+        verify(path, meta, name)
 
 
 def verify(path: Path, meta: Mapping[str, Any], name: str) -> None:
@@ -224,9 +234,7 @@ def same_architecture(path: Path, saved: ElaraConfig, wanted: ElaraConfig) -> No
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(data, indent=2) + "\n")
 
 
 def link(target: Path, name: Path) -> None:

@@ -100,7 +100,7 @@ def guard(main: Callable[[], None]) -> None:
     """Run a script's `main`, with one line instead of a traceback for what its user can mend."""
     try:
         main()
-    except (ElaraError, KeyboardInterrupt) as error:
+    except (ElaraError, OSError, KeyboardInterrupt) as error:
         fail(error)
 
 

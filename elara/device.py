@@ -47,7 +47,8 @@ def device_name(device: torch.device | str = "cpu") -> str:
 def processes(trainer: Mapping[str, Any]) -> int:
     """How many processes of this machine the settings of a lightning.Trainer ask for, one per device.
 
-    Raises ElaraError when there are fewer devices. CPU ranks share the cores: two may share one, more would only wait.
+    Raises ElaraError when there are fewer devices, or nothing says how several share the work. CPU ranks share the
+    cores: two may share one, more would only wait.
     """
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
@@ -57,8 +58,8 @@ def processes(trainer: Mapping[str, Any]) -> int:
         )
     here = torch.cuda.device_count() if on_gpu else max(2, cores())
     if devices in ("auto", -1, "-1"):
-        return here if on_gpu else 1
-    if not isinstance(devices, (int, str)):
+        wanted = here if on_gpu else 1
+    elif not isinstance(devices, (int, str)):
         wanted = len(devices)
     elif str(devices).isdigit() and int(devices) > 0:
         wanted = int(devices)
@@ -67,4 +68,6 @@ def processes(trainer: Mapping[str, Any]) -> int:
     if wanted > here:
         what = f"{here} GPU{'s' if here > 1 else ''}" if on_gpu else f"{cores()} cores"
         raise ElaraError(f"trainer.devices={wanted}, but this machine has {what}: give at most {here}")
+    if wanted > 1 and trainer.get("strategy", "auto") == "auto":
+        raise ElaraError(f"trainer.devices={wanted} needs a way to share the work: take trainer=ddp or ddp_cpu")
     return wanted

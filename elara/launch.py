@@ -161,7 +161,7 @@ def signal_name(code: int) -> str:
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[dict[int, int], set[int]]:
     """Exit codes by rank, in the order in which the ranks ended, and the ranks that were killed here.
 
-    When one has failed, or all but some have saved, the others get GRACE seconds.
+    When one has failed, the others get GRACE seconds; when one has saved, SAVING.
     """
     codes: dict[int, int] = {}
     killed: set[int] = set()

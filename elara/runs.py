@@ -102,7 +102,11 @@ class Run:
         """Whether training reached its last step; of a job without a summary, whether its process ended well."""
         if summary := self.read_summary():
             return bool(summary.get("finished"))
-        return _read_json(self.job).get("exit_code") == 0
+        return self.read_job().get("exit_code") == 0
+
+    def read_job(self) -> dict[str, Any]:
+        """job.json, or {} where there is none."""
+        return _read_json(self.job)
 
     def read_summary(self) -> dict[str, Any]:
         """summary.json, or {} while there is none."""
@@ -116,10 +120,30 @@ class Run:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
+
+
+def shown(path: Path) -> str:
+    """A path as the user would type it here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, also while others, on whatever machine, write the same one."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def step_of(checkpoint: Path) -> int:

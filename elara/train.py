@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -11,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from elara import launch
-from elara.cli import config_options, config_path, hydra_main, register_resolvers
+from elara.cli import config_options, config_path, guard, hydra_main, register_resolvers
 from elara.errors import ElaraError
 from elara.overrides import quoted, without
 from elara.runs import Run
@@ -43,15 +44,11 @@ def train(config: DictConfig) -> None:
 
 def _processes(config: DictConfig) -> int:
     """How many processes this machine is to train with, each on a device of its own."""
-    alone = config.trainer.get("strategy", "auto") == "auto"
-    if alone and config.trainer.get("devices", 1) == 1:
+    if config.trainer.get("devices", 1) == 1:
         return 1
     from elara.device import processes
 
-    count = processes(config.trainer)
-    if count > 1 and alone:
-        raise ElaraError(f"trainer.devices={count} needs a way to share the work: take trainer=ddp or ddp_cpu")
-    return count
+    return processes(config.trainer)
 
 
 def _start_ranks(count: int, here: Run) -> NoReturn:
@@ -60,7 +57,7 @@ def _start_ranks(count: int, here: Run) -> NoReturn:
     overrides = [*hydra.overrides.task, *without(hydra.overrides.hydra, "hydra.run", "hydra.mode")]
     place = [f"hydra.run.dir={quoted(str(here.path))}", "hydra.output_subdir=null"]
     command = [sys.executable, "-m", "elara.train", *config_options(), *overrides, *place]
-    raise SystemExit(launch.run_ranks(command, count, f"python -m elara.train resume={here.path}"))
+    raise SystemExit(launch.run_ranks(command, count, f"python -m elara.train resume={shlex.quote(str(here.path))}"))
 
 
 def rewrite(arguments: list[str]) -> list[str]:
@@ -80,7 +77,7 @@ def main() -> None:
     try:
         hydra_main("train", train, rewrite)
     finally:
-        multirun.end()
+        guard(multirun.end)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +157,30 @@ def session_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 @pytest.fixture
 def home(session_home: Home) -> Home:
     return session_home
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Call an entry point's `main` in this process, in a home of its own; returns exit code, stdout, stderr."""
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def call(main: Callable[[], None], home: Path, *arguments: str) -> tuple[int, str, str]:
+        wanted = os.environ.get("HYDRA_FULL_ERROR", "0")
+        monkeypatch.setenv("ELARA_HOME", str(home))
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(sys, "argv", ["elara", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        finally:
+            monkeypatch.setenv("HYDRA_FULL_ERROR", wanted)  # which `--cfg` leaves set
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
 
 
 @pytest.fixture(autouse=True)

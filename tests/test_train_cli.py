@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,23 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run the entry point with some arguments; returns exit code, stdout, stderr."""
-    monkeypatch.setenv("ELARA_HOME", str(tmp_path))
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        code = 0
-        try:
-            train.main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+def cli(in_process, tmp_path: Path):
+    """`elara.train` with some arguments; returns exit code, stdout, stderr."""
+    return partial(in_process, train.main, tmp_path)
 
 
 WRONG = {

@@ -8,6 +8,7 @@ the same mask sections, and in the end their weights must be equal bit for bit: 
 from __future__ import annotations
 
 import io
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import lightning
 import torch
@@ -38,7 +38,7 @@ WARM_UP = 2  # chunks that do not count
 def overhead(rounds: int, device: torch.device, *overrides: str) -> Iterator[Figure]:
     """Seconds of `CHUNK` steps, Lightning's over the bare loop's. overrides: further ones of the quick run."""
     hush()
-    with TemporaryDirectory() as folder, patch.dict("os.environ", ELARA_HOME=folder):
+    with TemporaryDirectory() as folder, _home(folder):
         steps = CHUNK * (WARM_UP + rounds + 1)  # the last chunk ends with a checkpoint, which is no step
         parts = _quick_run(Path(folder), steps, device, *overrides)
         turns = Turns(Bare(deepcopy(parts.module), parts))
@@ -148,6 +148,19 @@ def _hydra(config: DictConfig) -> Iterator[None]:
         yield
     finally:
         instance.cfg = before
+
+
+@contextmanager
+def _home(folder: str) -> Iterator[None]:
+    """Prepared data goes into `folder`, not beside the user's."""
+    before = os.environ.get("ELARA_HOME")
+    os.environ["ELARA_HOME"] = folder
+    try:
+        yield
+    finally:
+        os.environ.pop("ELARA_HOME")
+        if before is not None:
+            os.environ["ELARA_HOME"] = before
 
 
 def _check_equal(one: ElaraModule, other: ElaraModule) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,7 +90,7 @@ class Outcome:
 
 def read_outcome(run: Run, planned: list[str] | None = None) -> Outcome:
     """Read a run folder, whatever is there of it. planned: its overrides where the folder itself does not tell."""
-    job, summary = _read_json(run.job), run.read_summary()
+    job, summary = run.read_job(), run.read_summary()
     overrides = [str(text) for text in job.get("overrides", ())] or run.read_overrides() or planned or []
     try:
         columns = read_metrics(run.metrics, lambda name: name.startswith(("train/", "val/")))
@@ -145,11 +144,3 @@ def log_tail(path: Path, lines: int) -> list[str]:
     except OSError:
         return []
     return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

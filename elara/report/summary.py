@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.text import Text
 from elara.report.comparison import Comparison, Group, compare
 from elara.report.measures import MEASURES, measured, measured_of_groups, short_keys, tidy
 from elara.report.outcome import Outcome, State
+from elara.runs import write_whole
 
 DISPENSABLE = ("at step", "last loss", "parameters", "wall time", "bits/char", "s/step")
 DEFAULT = "-"  # in a cell: this run left the key at its default
@@ -33,8 +33,8 @@ def summarize(folder: Path) -> Comparison:
     drawn = _draw(comparison, picture)
     if not drawn:
         picture.unlink(missing_ok=True)  # one from before would belong to other runs
-    _write(folder / "summary.csv", _csv(comparison))
-    _write(folder / "summary.md", markdown(comparison, picture.name if drawn else None))
+    write_whole(folder / "summary.csv", _csv(comparison))
+    write_whole(folder / "summary.md", markdown(comparison, picture.name if drawn else None))
     return comparison
 
 
@@ -160,10 +160,3 @@ def _draw(comparison: Comparison, path: Path) -> bool:
     from elara.report.sweep_figure import draw  # matplotlib takes a second to import: not before it is needed
 
     return draw(comparison, path)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

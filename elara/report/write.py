@@ -10,7 +10,7 @@ from elara.report.comparison import compare, is_comparison
 from elara.report.outcome import Outcome, read_outcome
 from elara.report.run_page import run_body, run_page
 from elara.report.sweep_page import sweep_page
-from elara.runs import Run, find_runs, project_root, sweep_root, train_root
+from elara.runs import Run, find_runs, project_root, sweep_root, train_root, write_whole
 
 PAGE = "report.html"
 LARGEST = 4_000_000  # bytes of a page; the runs of a larger sweep get pages of their own
@@ -71,9 +71,7 @@ def _reportable(folder: Path) -> bool:
 
 def _write(path: Path, text: str) -> Path:
     try:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text)
     except OSError as error:
         raise ElaraError(f"cannot write {path}: {error.strerror}") from error
     return path

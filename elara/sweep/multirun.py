@@ -7,8 +7,8 @@ overrides. So a job that fails, or is killed, or takes several processes, leaves
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,11 +24,12 @@ from omegaconf import DictConfig
 
 from elara.cli import config_options, fail
 from elara.errors import ElaraError, Interrupted
-from elara.launch import SIGNALS, child_environment, signal_name
+from elara.launch import SIGNALS, child_environment
 from elara.overrides import is_override, key_of, quoted, value_of, without
 from elara.plan import MULTIRUN, read_plan
 from elara.runs import LOCK, Run, claim, project_root, sweep_root
 from elara.sweep.cluster import Cluster
+from elara.sweep.process import failure, record
 
 MOST_FAILED = 74  # the exit code above it says that a run was interrupted, with a checkpoint saved
 NOT_THE_JOBS = ("launcher", "sweep", "hydra")  # what concerns the sweep, not the runs in it
@@ -83,11 +84,11 @@ def execute(job: Job) -> None:
     arguments = [*job.options, *overrides, f"hydra.run.dir={quoted(str(run.path))}"]
     if run.checkpoints():
         arguments.append(f"resume={quoted(str(run.path))}")
+    earlier = run.job_log.stat().st_size if run.job_log.exists() else 0  # bytes of an attempt before
     code = _train(job, arguments)
     seconds = time.monotonic() - began
-    error = None if code == 0 else _error(run, code)
-    ended = {"exit_code": code, "error": error, "seconds": round(seconds, 1), "overrides": overrides}
-    run.job.write_text(json.dumps(ended, indent=2) + "\n", "utf-8")
+    error = None if code == 0 else failure(run, code, earlier)
+    record(run, code, error, seconds, overrides)
     _say(f"{place}: {_outcome(run) if error is None else f'failed: {error}'} ({seconds:.0f} s)")
 
 
@@ -155,7 +156,7 @@ def rewrite(arguments: list[str]) -> list[str]:
 
 def go_on(sweep: Path) -> str:
     """The command that runs what a sweep still lacks."""
-    return f"python -m elara.train sweep.resume={sweep}"
+    return f"python -m elara.train sweep.resume={shlex.quote(str(sweep))}"
 
 
 def interrupted(sweep: Path) -> Interrupted:
@@ -193,9 +194,8 @@ def _finish() -> int:
     assert _claimed is not None
     folder, lock = _claimed
     _claimed = None
+    print_summary(summarize(folder))
     lock.close()
-    summary = summarize(folder)
-    print_summary(summary)
     jobs = read_plan(folder).jobs
     failed = sum(not Run(folder / str(i)).finished for i in range(len(jobs)))
     if failed:
@@ -238,15 +238,6 @@ def _train(job: Job, arguments: list[str]) -> int:
     if asked:
         raise interrupted(run.path.parent)
     return code
-
-
-def _error(run: Run, code: int) -> str:
-    """The one line that tells why a job failed."""
-    if code < 0:
-        return f"killed by {signal_name(code)}"
-    lines = [line for line in run.job_log.read_text("utf-8").splitlines() if line.strip()]
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (said or lines or [f"exit code {code}"])[-1]
 
 
 def _outcome(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""One trial: `python -m elara.train` in a process group of its own, its job.log, and job.json when it has ended."""
+"""`python -m elara.train` as a process of a sweep or search: its job.log, and job.json when it has ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from elara.launch import child_environment, signal_name
 from elara.overrides import quoted
-from elara.runs import Run
+from elara.runs import Run, write_whole
 
 GRACE = 10.0  # seconds between asking a trial to end and ending it
 
@@ -70,29 +70,11 @@ class TrialProcess:
 
     def record(self, error: str | None, **more: Any) -> None:
         """Write job.json: how it ended, with `more` entries."""
-        job = {
-            "exit_code": self._process.returncode,
-            "error": error,
-            "seconds": round(self.seconds, 1),
-            "overrides": list(self.overrides),
-            **more,
-        }
-        self.run.job.write_text(json.dumps(job, indent=2) + "\n", "utf-8")
+        record(self.run, self._process.returncode, error, self.seconds, self.overrides, **more)
 
     def error(self) -> str:
-        """The line that says why the process failed: its own, or the signal that ended it."""
-        code = self._process.returncode
-        try:
-            lines = self.run.job_log.read_text("utf-8", errors="replace").splitlines()
-        except OSError:
-            lines = []
-        for line in reversed(lines):
-            if line.startswith("error: "):
-                return line.removeprefix("error: ")
-        if code is not None and code < 0:
-            return f"killed by {signal_name(code)}"
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return last or f"ended with exit code {code} and no word"
+        """The line that says why the process failed."""
+        return failure(self.run, self._process.returncode)
 
     def _kill_group(self) -> None:
         if sys.platform == "win32":
@@ -100,6 +82,29 @@ class TrialProcess:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def record(
+    run: Run, code: int, error: str | None, seconds: float, overrides: Sequence[str], **more: Any
+) -> None:
+    """Write job.json: how the process ended, with `more` entries."""
+    about = {"exit_code": code, "error": error, "seconds": round(seconds, 1), "overrides": list(overrides), **more}
+    write_whole(run.job, json.dumps(about, indent=2) + "\n")
+
+
+def failure(run: Run, code: int, since: int = 0) -> str:
+    """The line that says why a process failed: its own, or the signal that ended it. since: where job.log begins."""
+    try:
+        lines = run.job_log.read_bytes()[since:].decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    if code < 0:
+        return f"killed by {signal_name(code)}"
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return last or f"ended with exit code {code} and no word"
 
 
 def started(pid: int) -> str | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from elara.runs import write_whole
 from elara.sweep.config import SearchConfig
 from elara.sweep.importance import LEAST, Importance, importances
 from elara.sweep.overrides import merged, train_command
@@ -34,13 +34,13 @@ def write(
         told.append(f"importances need {LEAST} trials, so they are left out")
     if top is not None:
         command = best_command(top, fixed)
-        _put(folder / "best.txt", f"# {wanted.metric} {top.value:.6g}, trial {top.number}\n{command}\n".encode())
+        write_whole(folder / "best.txt", f"# {wanted.metric} {top.value:.6g}, trial {top.number}\n{command}\n")
         told += [f"best: trial {top.number}, {wanted.metric} {top.value:.4f}", "", f"  {command}", ""]
-    _put(folder / "summary.csv", _csv(records, wanted, space).encode())
+    write_whole(folder / "summary.csv", _csv(records, wanted, space))
     pictures = figures.draw(records, wanted, space, shares)
     for name, picture in pictures.items():
-        _put(folder / name, picture)
-    _put(folder / "summary.md", _markdown(records, wanted, space, fixed, shares, list(pictures)).encode())
+        write_whole(folder / name, picture)
+    write_whole(folder / "summary.md", _markdown(records, wanted, space, fixed, shares, list(pictures)))
     told += [f"written: {', '.join(str(folder / name) for name in ['summary.md', 'summary.csv', *pictures])}"]
     return told
 
@@ -138,10 +138,3 @@ def _markdown(
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return [f"| {' | '.join(row)} |" for row in cells]
-
-
-def _put(file: Path, content: bytes) -> None:
-    """Write a file as a whole, since another machine may write the same one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)

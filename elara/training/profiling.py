@@ -18,12 +18,13 @@ from torch.profiler import record_function
 from elara.model import ElaraLM
 from elara.model.mlp import MLP
 from elara.model.moe import MoE
+from elara.report.style import BLUE, GREY, ORANGE
 
 ATTENTION, ROUTER, EXPERTS, MLP_, REST = "attention", "MoE router", "experts", "dense MLP", "embedding, norms"
 LOSS, AUTOGRAD, OPTIMIZER, DATA, AROUND = "heads, loss", "gradient sums", "optimizer", "data", "Lightning, callbacks"
 PARTS = (ATTENTION, ROUTER, EXPERTS, MLP_, REST, LOSS, AUTOGRAD, OPTIMIZER, DATA, AROUND)
 FORWARD, BACKWARD, OTHER = "forward", "backward", "other"
-PHASES = {FORWARD: "#2f6fb0", BACKWARD: "#d9722b", OTHER: "#8a8f98"}  # and their colours
+PHASES = {FORWARD: BLUE, BACKWARD: ORANGE, OTHER: GREY}  # and their colours
 IN_THE_MODEL = (ATTENTION, ROUTER, EXPERTS, MLP_, REST, LOSS)
 SIGN = " | "  # a range is called "part | what"
 

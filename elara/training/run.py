@@ -28,7 +28,7 @@ from elara.errors import ElaraError
 from elara.launch import global_rank, local_ranks, nodes
 from elara.model import ElaraLM
 from elara.overrides import quoted
-from elara.runs import Run, claim, find_checkpoint, project_root
+from elara.runs import Run, claim, find_checkpoint, project_root, shown
 from elara.tokenizer import Tokenizer, TokenizerConfig
 from elara.training.callbacks import Checkpoint
 from elara.training.callbacks.samples import last_sample
@@ -215,8 +215,7 @@ def restore(parts: Parts, found: list[Path]) -> Start:
         try:
             checkpoint.same_architecture(path, checkpoint.read_config(path), parts.module.model.config)
             meta = checkpoint.read_meta(path)
-            for name in (checkpoint.TRAINER, *meta.get("crc32", {})):  # on every rank: they must agree where to go on
-                checkpoint.verify(path, meta, name)
+            checkpoint.verify_trainer(path, meta)
             if (path / checkpoint.OPTIMIZER).is_dir() != isinstance(parts.trainer.strategy, FSDP):
                 saved = "fsdp" if (path / checkpoint.OPTIMIZER).is_dir() else "another trainer than fsdp"
                 raise ElaraError(f"{path} was saved by trainer={saved}: resume with that, or start anew with init_from")
@@ -239,6 +238,7 @@ def load_weights(path: Path, parts: Parts) -> dict[str, Any]:
     meta, module = checkpoint.read_meta(path), parts.module
     tokenizers.check_fingerprint(module.tokenizer.fingerprint, meta["tokenizer"], "the data's tokenizer")
     if elsewhere(parts.trainer):
+        checkpoint.verify_weights(path, meta)  # as rank 0 does: all must agree where to go on
         return meta
     state: dict[str, Tensor] = checkpoint.read_weights(path, meta)
     checkpoint.fit(path, state, module.model)
@@ -316,14 +316,6 @@ def report(parts: Parts, here: Run) -> None:
         prompt = "ROMEO:" if parts.data.data.source == "shakespeare" else ""
         lines.append(f'next: python -m elara.sample checkpoint={shell(shown(here.path))} prompt="{prompt}"')
     print("\n".join(lines), flush=True)
-
-
-def shown(path: Path) -> str:
-    """A path as the user would type it here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def shell(text: str) -> str:

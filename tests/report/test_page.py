@@ -7,8 +7,8 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -256,22 +256,9 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """The command in this process; returns exit code, stdout, stderr."""
-    monkeypatch.setenv("ELARA_HOME", str(home))
-    monkeypatch.chdir(home)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["elara-report", *arguments])
-        code = 0
-        try:
-            command.main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+def call(in_process, home: Path) -> Call:
+    """`elara.report` with some arguments; returns exit code, stdout, stderr."""
+    return partial(in_process, command.main, home)
 
 
 def test_the_command_finds_runs_and_sweeps_by_folder_and_name(call: Call, run: Run, sweep: Path, home: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,23 +26,9 @@ GRID = "+space.moe={type: choice, choices: [none, deepseek]}"
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    """Run the entry point in this process; returns exit code, stdout, stderr."""
-    monkeypatch.setenv("ELARA_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["elara-sweep", *arguments])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # which `--cfg` leaves set
-        code = 0
-        try:
-            main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+def cli(in_process, tmp_path: Path) -> Call:
+    """`elara.sweep` with some arguments; returns exit code, stdout, stderr."""
+    return partial(in_process, main, tmp_path)
 
 
 def configuration(cli: Call, *arguments: str) -> dict:

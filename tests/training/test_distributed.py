@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +90,42 @@ def test_shards_sample_quantize_and_begin_new_runs(home) -> None:
     shard.write_bytes(shard.read_bytes()[:-50])
     with pytest.raises(ElaraError, match="is damaged: its checksum differs"):
         checkpoint.load(run.last)
+
+
+@pytest.fixture(scope="module")
+def sharded_run(session_home) -> Path:
+    """An uninterrupted sharded run of 24 steps, saved at 8, 16 and 24."""
+    done = session_home.run("name=sharded-whole", *session_home.tiny(*FSDP, *QUIET))
+    assert done.returncode == 0, done.stderr
+    return session_home.only_run("sharded-whole")
+
+
+def unfinished_copy(of: Path, name: str) -> Run:
+    """The run again under another name, as if it had been ended just before its last words."""
+    run = Run(of.parent.parent / name / of.name)
+    shutil.copytree(of, run.path, symlinks=True)
+    run.summary.write_text(json.dumps({**run.read_summary(), "finished": False}), "utf-8")
+    return run
+
+
+@pytest.mark.parametrize("part", ["shards", "optimizer"])
+def test_damaged_shards_give_way_on_every_rank_to_the_checkpoint_before(home, sharded_run: Path, part: str) -> None:
+    run = unfinished_copy(sharded_run, f"damaged-{part}")
+    file = next((run.last / part).glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, which no reader of the format would notice
+    file.write_bytes(content)
+    done = home.run("resume=auto", f"name=damaged-{part}")
+    assert done.returncode == 0, done.stderr
+    assert "is damaged: its checksum differs" in done.stdout and "going back to step-16" in done.stdout
+    assert home.rows(run.path) == home.rows(sharded_run)
+
+
+def test_a_sharded_run_goes_on_with_a_sharded_trainer_only(home, sharded_run: Path) -> None:
+    run = unfinished_copy(sharded_run, "sharded-alone")
+    refused = home.run(f"resume={run.path}", "trainer=cpu", "trainer.devices=1", "data.batch_size=4")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "resume with that, or start anew with init_from" in refused.stderr
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

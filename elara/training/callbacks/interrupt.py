@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from types import FrameType
@@ -53,7 +54,7 @@ class Interrupt(Callback):
         if saver is None:
             raise Interrupted(f"interrupted at step {trainer.global_step}; nothing was saved (no checkpoint callback)")
         saver.save(trainer, module)
-        how = f"python -m elara.train resume={saver.run.path}"
+        how = f"python -m elara.train resume={shlex.quote(str(saver.run.path))}"
         raise Interrupted(f"interrupted at step {trainer.global_step}, saved; go on with: {how}", saved=True)
 
     def _agreed(self, trainer: Trainer) -> bool:

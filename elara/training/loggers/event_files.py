@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
 from elara.errors import ElaraError
-from elara.training.loggers.monitor import Monitor, shown
+from elara.runs import shown
+from elara.training.loggers.monitor import Monitor
 
 COMPARED_BY = "val/loss_ar"  # the figure beside the settings in the tab HPARAMS
 NOT_COMPARED = ("name", "resume", "logger", "callbacks")  # groups of settings that are left out there
@@ -50,7 +52,7 @@ class TensorBoard(Monitor):
 
     @property
     def hint(self) -> str:
-        return f"look at the curves: tensorboard --logdir {shown(Path(self.folder))}"
+        return f"look at the curves: tensorboard --logdir {shlex.quote(shown(Path(self.folder)))}"
 
     @property
     def writer(self) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,8 +49,3 @@ class Monitor(Logger):
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str]) -> None:
         """Keep the weights of a checkpoint folder, without the trainer's state, under these names."""
-
-
-def shown(folder: Path) -> str:
-    """A folder as the user would type it here."""
-    return shlex.quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))

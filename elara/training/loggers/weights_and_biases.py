@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +19,9 @@ from numpy.typing import NDArray
 from elara import checkpoint
 from elara.errors import EXIT_ERROR, EXIT_SAVED, ElaraError
 from elara.report.metrics import read_metrics
-from elara.runs import Run
+from elara.runs import Run, shown
 from elara.training.loggers import naming
-from elara.training.loggers.monitor import Monitor, shown
+from elara.training.loggers.monitor import Monitor
 
 MODES, CHECKPOINTS = ("auto", "online", "offline"), ("none", "best", "all")
 LOSS = "val/loss_ar"
@@ -126,7 +127,9 @@ class WeightsAndBiases(Monitor):
 
     @property
     def hint(self) -> str:
-        return f"curves: {self._url}" if self._url else f"upload the curves: wandb sync {shown(self.folder)}"
+        if self._url:
+            return f"curves: {self._url}"
+        return f"upload the curves: wandb sync {shlex.quote(shown(self.folder))}"
 
     @property
     def run(self) -> Any:

@@ -1,4 +1,4 @@
-"""metrics.csv after crashes and resumes; TensorBoard's and wandb's real packages, their files read back."""
+"""TensorBoard's and wandb's real packages: what they wrote is read back and compared with metrics.csv."""
 
 from __future__ import annotations
 
@@ -16,18 +16,14 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from elara import checkpoint
 from elara.errors import EXIT_SAVED, ElaraError
-from elara.overrides import key_of
 from elara.runs import Run
 from elara.training import loggers
-from elara.training.loggers import CSV, naming
 from tests.conftest import TIMED, Home
-from tests.training.wandb_log import by_step, read_logs
-from tests.training.wandb_server import Server, serving
+from tests.training.loggers.wandb_log import by_step, read_logs
+from tests.training.loggers.wandb_server import Server, serving
 
 BOTH = (
     "logger=wandb",
@@ -39,57 +35,11 @@ BOTH = (
 KEY = "a" * 40  # of the right form
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def figures_of(run: Path) -> dict[int, dict[str, float]]:
     """metrics.csv by step."""
-    rows = [{k: float(v) for k, v in row.items() if v != ""} for row in rows_of(run / "metrics.csv")]
+    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
     return {int(row.pop("step")): row for row in rows}
-
-
-def test_figures_of_one_step_share_a_row_and_late_columns_are_empty_before(tmp_path: Path) -> None:
-    logger = CSV(str(tmp_path / "m.csv"))
-    logger.log_metrics({"a": 1.5}, step=1)
-    logger.log_metrics({"a": 2}, step=2)
-    logger.log_metrics({"val": 0.25}, step=2)
-    logger.log_metrics({"a": 3}, step=3)
-    assert (tmp_path / "m.csv").read_text("utf-8") == "step,a,val\n1,1.5,\n2,2,0.25\n3,3,\n"
-
-
-def test_the_file_is_whole_after_every_call(tmp_path: Path) -> None:
-    logger = CSV(str(tmp_path / "m.csv"))
-    for step in range(1, 4):
-        logger.log_metrics({"a": step}, step=step)
-        assert [row["step"] for row in rows_of(tmp_path / "m.csv")] == [str(i) for i in range(1, step + 1)]
-
-
-def test_a_half_written_last_row_is_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "m.csv"
-    path.write_text("step,a,b\n1,1,2\n2,1,2\n3,1", "utf-8")
-    CSV(str(path)).log_metrics({"a": 9}, step=3)
-    assert path.read_text("utf-8") == "step,a,b\n1,1,2\n2,1,2\n3,9,\n"
-
-
-@given(crash=st.integers(1, 12), back=st.integers(0, 11), every=st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
-def test_a_resumed_file_reads_like_an_uninterrupted_one(
-    tmp_path_factory: pytest.TempPathFactory, crash: int, back: int, every: int
-) -> None:
-    folder = tmp_path_factory.mktemp("csv")
-
-    def log(logger: CSV, first: int, last: int) -> None:
-        for step in range(first, last + 1):
-            logger.log_metrics({"loss": 1 / step}, step=step)
-            if step % every == 0:
-                logger.log_metrics({"val": step / 7}, step=step)
-
-    log(CSV(str(folder / "whole.csv")), 1, 12)
-    log(CSV(str(folder / "killed.csv")), 1, crash)
-    log(CSV(str(folder / "killed.csv")), min(back, crash) + 1, 12)
-    assert (folder / "killed.csv").read_text("utf-8") == (folder / "whole.csv").read_text("utf-8")
 
 
 @pytest.mark.slow
@@ -101,65 +51,6 @@ def test_with_the_csv_alone_neither_wandb_nor_tensorboard_is_imported(home: Home
     command = [sys.executable, "-c", script, *home.tiny("name=alone", "trainer.max_steps=1")]
     done = subprocess.run(command, cwd=home.path, env=home.env(), capture_output=True, text=True, check=False)
     assert "imported: set()" in done.stdout, done.stdout + done.stderr
-
-
-# How runs are called
-
-
-def run_folder(path: Path, *overrides: str) -> Path:
-    (path / ".hydra").mkdir(parents=True)
-    (path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)), "utf-8")
-    return path
-
-
-def sweep_folder(path: Path, *overrides: str) -> Path:
-    path.mkdir(parents=True)
-    record = {"hydra": {"overrides": {"task": [*overrides], "hydra": []}}}
-    (path / "multirun.yaml").write_text(yaml.safe_dump(record), "utf-8")
-    return path
-
-
-def test_a_run_of_its_own_is_named_by_its_overrides_but_those_about_places_and_logging(tmp_path: Path) -> None:
-    folder = run_folder(
-        tmp_path / "elara" / "2026-01-01",
-        *("name=bees", "moe=none", "optimizer.lr=0.010000", "+optimizer.eps=1e-8", "seed=3", "data.path=bees.txt"),
-        *("trainer=ddp", "trainer.max_steps=9", "logger=wandb", "logger.wandb.mode=offline", "~callbacks.plots"),
-        *("hydra.run.dir='/tmp/x'", "resume=auto", "init_from=/somewhere/else"),
-    )
-    overrides = naming.telling(folder)
-    assert naming.shown_name("bees", overrides) == "bees moe=none lr=0.01 eps=1e-08 seed=3"
-    assert naming.tags(overrides) == ["moe=none", "optimizer.lr=0.01", "optimizer.eps=1e-08", "seed=3"]
-    assert (naming.kind(folder), naming.group(folder)) == ("train", None)
-
-
-def test_a_job_of_a_sweep_is_named_by_what_differs_and_grouped_with_the_others(tmp_path: Path) -> None:
-    whole = sweep_folder(tmp_path / "toggles" / "t0", "moe=none,deepseek", "trainer.max_steps=choice(5,6)", "seed=1")
-    folder = run_folder(whole / "1", "moe=deepseek", "trainer.max_steps=6", "seed=1")
-    overrides = naming.telling(folder)
-    assert naming.shown_name("toggles", overrides) == "toggles moe=deepseek max_steps=6"
-    assert (naming.kind(folder), naming.group(folder)) == ("sweep", "toggles/t0")
-
-
-def test_a_trial_of_a_search_is_grouped_by_its_study(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "searches" / "rates" / "7", "optimizer.lr=0.0123456", "name=rates")
-    (folder.parent / "journal.log").touch()
-    assert naming.shown_name("rates", naming.telling(folder)) == "rates lr=0.01235"
-    assert (naming.kind(folder), naming.group(folder)) == ("search", "rates")
-
-
-def test_keys_that_end_alike_are_written_out() -> None:
-    assert naming.shown_name("x", ["a.size=1", "b.size=2", "c.depth=3"]) == "x a.size=1 b.size=2 depth=3"
-
-
-@given(
-    overrides=st.lists(st.tuples(st.from_regex(r"[a-z]{1,30}(\.[a-z]{1,30}){0,3}", fullmatch=True), st.text("ab1 ,/")))
-)
-@settings(max_examples=25, deadline=None)
-def test_names_and_tags_keep_to_the_limits_of_wandb(overrides: list[tuple[str, str]]) -> None:
-    texts = [f"{key}='{value}'" for key, value in overrides]
-    assert len(naming.shown_name("elara", texts)) <= 128
-    assert all(1 <= len(tag) <= 64 for tag in naming.tags(texts))
-    assert all(tag.startswith(key_of(text)[:63]) for tag, text in zip(naming.tags(texts), texts, strict=True))
 
 
 # One run with both monitors
