@@ -10,7 +10,7 @@ DEV := .venv/.dev
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sweep search report sample verify evaluate bench test test-all counterparts lint clean distclean force
+.PHONY: help setup data train sweep search report sample verify evaluate export bench test test-all counterparts lint clean distclean force
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -48,6 +48,9 @@ verify: $(CORE) ## count parameters, bytes and memory of a model and check that 
 evaluate: $(CORE) ## measure how good the newest trained model is, or those of ARGS="checkpoint=[a,b]"
 	@$(PY) -m elara.evaluate $(ARGS)
 
+export: $(DEV) ## write the newest trained model as a file for llama.cpp: ARGS="quantize=Q4_K_M"
+	@$(PY) -m elara.export $(ARGS)
+
 bench: $(CORE) ## measure the promised speed ratios, each beside its reference
 	@$(PY) -m elara.bench $(ARGS)
 
@@ -57,11 +60,16 @@ test: $(DEV) ## the fast tests, with the coverage of model and decoding
 test-all: test counterparts ## the fast tests, then the slow ones and those with a real counterpart
 	@$(PY) -m pytest -m slow $(PARALLEL)
 
-# What no Python package brings. Where it cannot be installed, the tests that need it say so and are skipped.
+# Programs that the tests compare with. Where one cannot be installed, the tests that need it say so and are skipped.
 counterparts:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	    && echo "Installing Chromium ..." && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } \
 	    || echo "note: no chromium, and it cannot be installed here: tests of pages are skipped" >&2
+	@{ command -v npm >/dev/null && npm install --silent --ignore-scripts --no-audit --no-fund --prefix .counterparts \
+	    @node-llama-cpp/linux-x64@3.22.1 >/dev/null; } \
+	    || echo "note: llama.cpp's library cannot be installed by npm here: tests against it are skipped" >&2
+	@$(PIP) xllamacpp==2026.10.11549 2>/dev/null \
+	    || echo "note: xllamacpp cannot be installed here: tests of its server are skipped" >&2
 
 lint: $(DEV) ## ruff, mypy and the rules of import
 	@$(PY) -m ruff check
@@ -72,8 +80,8 @@ clean: ## remove caches and build products (data/ and outputs/ stay)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage *.egg-info
 	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv as well
-	@rm -rf .venv
+distclean: clean ## remove .venv and what make counterparts installed as well
+	@rm -rf .venv .counterparts
 
 # The stamp is written last and names this folder: an interrupted installation and a copied checkout start over, a
 # changed pyproject.toml or constraints.txt is brought up to date in place. Torch comes first, by its exact version,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -62,12 +62,13 @@ def save(
     *,
     meta: Mapping[str, Any],
     trainer_state: Callable[[Path], Mapping[str, Tensor]] | None = None,
+    advice: str = "then continue with resume=auto",
 ) -> Path:
     """Write a checkpoint folder atomically and return it; an older folder of that name is replaced.
 
     meta: plain values for meta.json. trainer_state: writes the trainer's state to the path it is given and returns the
     weights to save in place of the model's own; none when it has written shards/ beside that path. Raises ElaraError
-    when the disk is full or the folder cannot be written.
+    when the disk is full or the folder cannot be written; it ends with "make room" and `advice`.
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}-{uuid.uuid4().hex[:8]}"
@@ -88,18 +89,18 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, RuntimeError) and "write" not in str(error):
             raise  # not about the disk
-        raise unwritable(path, error) from error
+        raise unwritable(path, error, advice) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return path
 
 
-def unwritable(path: Path, error: Exception) -> ElaraError:
+def unwritable(path: Path, error: Exception, advice: str = "then continue with resume=auto") -> ElaraError:
     """What to tell the user when a checkpoint could not be written."""
     number = getattr(error, "errno", None)
     reason = os.strerror(number) if number else str(error).splitlines()[0]
-    return ElaraError(f"cannot write the checkpoint {path}: {reason}; make room, then continue with resume=auto")
+    return ElaraError(f"cannot write the checkpoint {path}: {reason}; make room, {advice}")
 
 
 def load(path: Path | str, *, device: torch.device | str = "cpu", precision: str = "float32") -> Loaded:
@@ -171,6 +172,49 @@ def _read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True)
         return {name: value for name, value in load_file(path / WEIGHTS).items() if wanted(name)}
     except (SafetensorError, OSError) as error:
         raise ElaraError(f"{path / WEIGHTS} is damaged: {error}") from error
+
+
+class Weights:
+    """The weights of a checkpoint folder one by one, so that they need not fit into memory together.
+
+    shapes: of all of them, by name. Checksums are compared once, at the start. Raises ElaraError as `read_weights`
+    does, and when the weights are not those of `config`.
+    """
+
+    def __init__(self, path: Path, meta: Mapping[str, Any], config: ElaraConfig) -> None:
+        verify_weights(path, meta)
+        self._path, self._config, self._last = path, config, ("", torch.empty(0))
+        self._mapped: Any = None
+        if (path / SHARDS).is_dir():
+            self.shapes = shards.shapes(path / SHARDS)
+        else:
+            try:
+                self._mapped = safe_open(path / WEIGHTS, framework="pt")
+                names = self._mapped.keys()
+                self.shapes = {name: tuple(self._mapped.get_slice(name).get_shape()) for name in names}
+            except (SafetensorError, OSError) as error:
+                raise ElaraError(f"{path / WEIGHTS} is damaged: {error}") from error
+        with torch.device("meta"):
+            fit(path, {name: torch.empty(shape) for name, shape in self.shapes.items()}, ElaraLM(config))
+
+    def read(self, name: str) -> Tensor:
+        """One weight; of model.safetensors a view of the mapped file, of shards/ a copy, and the last one is kept."""
+        if self._mapped is not None:
+            value: Tensor = self._mapped.get_tensor(name)
+            return value
+        if self._last[0] != name:
+            self._last = ("", torch.empty(0))  # the one before goes first: they may be large
+            self._last = (name, shards.read(self._path / SHARDS, lambda other: other == name)[name])
+        return self._last[1]
+
+    def model(self) -> ElaraLM:
+        """The whole model in float32; of model.safetensors it lies in the mapped file."""
+        with torch.device("meta"):
+            model = ElaraLM(self._config)
+        state = {name: self.read(name) for name in self.shapes}
+        fit(self._path, state, model)
+        model.load_state_dict(state, assign=True)
+        return model.eval()
 
 
 def read_tokenizer(path: Path, meta: Mapping[str, Any]) -> Tokenizer:

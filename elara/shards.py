@@ -35,6 +35,15 @@ def write(folder: Path, state: Mapping[str, Any]) -> None:
         raise OSError(getattr(reason, "errno", None) or errno.EIO, str(reason), str(folder)) from error
 
 
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The whole tensors' shapes by name; raises ElaraError when the folder's index is damaged."""
+    try:
+        found = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except (OSError, CheckpointException, pickle.UnpicklingError, EOFError) as error:
+        raise ElaraError(f"{folder} is damaged: {str(error).splitlines()[0]}") from error
+    return {name: tuple(about.size) for name, about in found.items() if isinstance(about, TensorStorageMetadata)}
+
+
 def read(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """The whole tensors whose names are `wanted`, in this process alone; raises ElaraError when a file is damaged."""
     try:

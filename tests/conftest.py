@@ -20,8 +20,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; before torch is imported, here and in child processes
 
 from elara import train
+from elara.errors import ElaraError
+from elara.export.llama_cpp import Library, find_library
 
 ROOT = Path(__file__).resolve().parents[1]
+COUNTERPARTS = ROOT / ".counterparts"  # made by `make counterparts`
 
 TINY = [
     "data=text", "model.n_layer=2", "model.n_embd=32", "model.n_head=2", "model.hidden=64", "model.expert_hidden=32",
@@ -157,6 +160,18 @@ def session_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 @pytest.fixture
 def home(session_home: Home) -> Home:
     return session_home
+
+
+@pytest.fixture(scope="session")
+def llama_library() -> Library:
+    """llama.cpp's shared library, as `make counterparts` installs it; tests that need it are skipped without."""
+    try:
+        found = find_library(str(COUNTERPARTS) if COUNTERPARTS.is_dir() else None)
+    except ElaraError as error:
+        pytest.skip(str(error))
+    if found is None:
+        pytest.skip("llama.cpp's library is not here: `make counterparts` installs it")
+    return found
 
 
 @pytest.fixture

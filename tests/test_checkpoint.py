@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elara import checkpoint
+from elara import checkpoint, shards
 from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.errors import ElaraError
@@ -136,6 +136,34 @@ def test_architectures_are_compared_without_settings_of_training() -> None:
     deeper = dataclasses.replace(config, trm=dataclasses.replace(config.trm, depth=3))
     with pytest.raises(ElaraError, match=r"c has another architecture: trm\.depth is 2 there and 3 here"):
         checkpoint.same_architecture(Path("c"), config, deeper)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_come_one_by_one_as_well(saved: Path, tokenizer: Tokenizer, tmp_path: Path, sharded: bool) -> None:
+    wanted = make_model().state_dict()
+    if sharded:
+
+        def write_shards(trainer: Path) -> Mapping[str, Tensor]:
+            shards.write(trainer.parent / "shards", wanted)
+            return {}
+
+        saved = checkpoint.save(tmp_path / "s", make_model(), tokenizer, meta={}, trainer_state=write_shards)
+    weights = checkpoint.Weights(saved, checkpoint.read_meta(saved), checkpoint.read_config(saved))
+    assert weights.shapes == {name: tuple(value.shape) for name, value in wanted.items()}
+    for name, value in wanted.items():
+        assert torch.equal(weights.read(name), value) and torch.equal(weights.model().state_dict()[name], value)
+
+
+def test_single_weights_are_checked_before_the_first_is_read(saved: Path) -> None:
+    meta, config = checkpoint.read_meta(saved), checkpoint.read_config(saved)
+    with pytest.raises(ElaraError, match=r"does not fit this model: 'embed\.weight' is \(64, 32\) there"):
+        checkpoint.Weights(saved, meta, make_model(n_embd=64).config)
+    data = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(data[:-1])
+    with pytest.raises(ElaraError, match="checksum"):
+        checkpoint.Weights(saved, meta, config)
+    with pytest.raises(ElaraError, match="damaged"):
+        checkpoint.Weights(saved, {}, config)
 
 
 def test_a_swapped_tokenizer_is_refused(saved: Path, tmp_path: Path) -> None:

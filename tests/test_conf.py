@@ -33,7 +33,8 @@ from elara.training.smoke import smoke_check
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 SCHEMAS = {"model": ModelConfig, "moe": MoEConfig, "trm": TRMConfig, "tidar": TiDARConfig}
-OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name != "search")
+OTHERS = ("search", "format", "quantize")  # groups of other commands than elara.train
+OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name not in OTHERS)
 NEEDS_GPU = {"gpu", "ddp", "fsdp"}
 
 

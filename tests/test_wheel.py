@@ -21,18 +21,22 @@ from importlib.resources import files
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from elara.cli import register_resolvers
+from elara.export import ExportConfig
 from elara.sweep.config import SearchConfig
 from elara.training.config import register
 
 register_resolvers()
 register()
 ConfigStore.instance().store(name="sweep_schema", node=SearchConfig)
+ConfigStore.instance().store(name="export_schema", node=ExportConfig)
 conf = files("elara.conf")
 options = [(g.name, f.name[:-5]) for g in conf.iterdir() if g.is_dir() for f in g.iterdir() if f.name.endswith(".yaml")]
 with initialize_config_module("elara.conf", version_base="1.3"):
     for group, option in options:
         if group == "search":
             compose("sweep", [f"{group}={option}"])
+        elif group in ("format", "quantize"):
+            compose("export", [f"{group}={option}"])
         elif not (group == "launcher" and option.startswith(("joblib", "submitit"))):  # plugins that an extra brings
             compose("train", [f"{group}={option}"])
 print(json.dumps({"options": len(options), "from": str(conf)}))
