@@ -18,7 +18,9 @@ from gguf import GGMLQuantizationType, quants
 from elara import runs
 from elara.decoding import SamplingConfig, generate
 from elara.decoding.completion import writable
-from elara.elara import FEW, TYPES, UNPACK, Cache, Elara, GGUFError, Matrix, _distribution, _verify
+from elara.decoding.sampling import probabilities
+from elara.decoding.tidar import mask_groups
+from elara.elara import FEW, TYPES, UNPACK, Cache, Elara, GGUFError, Matrix, _verify
 from elara.export.files import write_model
 from elara.export.layout import COMPACT, UNROLLED
 from elara.export.llama_cpp import Library
@@ -153,8 +155,6 @@ def test_drafts_are_the_engine_s(make: MAKE, tmp_path: Path, routing: str, chain
     model = runtime(source, tmp_path / "a.gguf")
     hidden = model.forward(IDS[:9], Cache(model, 64), [1, 5, 9])
     elara = source.weights.model()
-    from elara.decoding.tidar import mask_groups
-
     section = mask_groups([[1, 5, 9]], 4, source.tokenizer.mask_id, torch.device("cpu"))
     with torch.inference_mode():
         output = elara(torch.tensor([IDS[:9]]), section=section)
@@ -209,14 +209,17 @@ def test_verified_drafts_follow_the_distribution() -> None:
         assert ((seen - q[place] * seen.sum()) ** 2 / expected).sum() > 100  # what accepting all drafts would give
 
 
-def test_distribution_is_the_engine_s() -> None:
-    from elara.decoding.sampling import probabilities
-
-    logits = np.random.default_rng(0).standard_normal((4, 50)) * 3
-    for temperature, top_k, top_p in ((0.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 7, 1.0), (1.3, 0, 0.8), (0.9, 9, 0.7), (1e-40, 0, 1.0)):
+def test_distribution_is_the_engine_s(make: MAKE, tmp_path: Path) -> None:
+    source = make(config(n_embd=64), ByteTokenizer())
+    model = runtime(source, tmp_path / "a.gguf")
+    hidden = model.forward(IDS[:4], Cache(model, 4))
+    logits = torch.from_numpy(model.products((hidden, model.head))[0]).double()
+    allowed = writable(source.tokenizer, logits.shape[1])
+    choices = ((0.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 7, 1.0), (1.3, 0, 0.8), (0.9, 9, 0.7), (1e-40, 0, 1.0))
+    for temperature, top_k, top_p in choices:
         sampling = SamplingConfig(temperature=temperature, top_k=top_k or None, top_p=top_p)
-        expected = probabilities(torch.from_numpy(logits), sampling).numpy()
-        assert np.abs(_distribution(logits, temperature, top_k, top_p) - expected).max() < 1e-9
+        expected = probabilities(logits, sampling, allowed).numpy()
+        assert np.abs(model._distribution(hidden, model.head, temperature, top_k, top_p) - expected).max() < 1e-9
 
 
 def test_requests_that_cannot_be_served_are_one_sentence(make: MAKE, tmp_path: Path) -> None:

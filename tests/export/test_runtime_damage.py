@@ -33,14 +33,15 @@ def good(make: MAKE, tmp_path: Path) -> Path:
 
 def attempt(path: Path) -> bool:
     """Load a file and use it; whether it was refused with one sentence. Anything else is raised."""
+    said = ""
     try:
         model = Elara.load(path, threads=1, use_torch=False)
         with np.errstate(all="ignore"):
             list(model.ids([0, 1], 3, temperature=0, tidar=bool(model.length)))
     except GGUFError as error:
-        assert "\n" not in str(error) and len(str(error)) < 400
-        return True
-    return False
+        said = str(error)
+    assert "\n" not in said and len(said) < 400
+    return bool(said)
 
 
 def header_size(path: Path) -> int:
@@ -106,8 +107,8 @@ def test_a_whole_file_is_read(good: Path) -> None:
         (lambda data: data[:4] + struct.pack("<I", 9) + data[8:], "no GGUF file of version 2 or 3"),
         (lambda data: data[:200], "truncated or damaged"),
         (lambda data: data[:-1000], "truncated or damaged"),
-        (lambda data: data.replace(b"output_norm.weight", b"output_norn.weight"), "lacks the tensor output_norm.weight"),
-        (lambda data: data.replace(b"general.architecture", b"general.brchitecture"), "general.architecture is missing"),
+        (lambda data: data.replace(b"output_norm.weight", b"output_norn.weight"), "lacks the tensor output_norm"),
+        (lambda data: data.replace(b"general.architecture", b"general.brchitecture"), "architecture is missing"),
         (lambda data: data[:8] + struct.pack("<Q", 2**62) + data[16:], "truncated or damaged|is missing"),
         (lambda data: data[:16] + struct.pack("<Q", 2**62) + data[24:], "truncated or damaged"),
     ],

@@ -24,7 +24,8 @@ HARD = [
     "I'll can't WE'RE they'Ve don'tve 1234567 3.14 a1b2", "  two  spaces\n\n\tand\r\ntabs   ", "naïve café Straße Ǆ ﬁ",
     "日本語のテキスト 中文 한국어", "עברית العربية हिन्दी ไทย", "👩\u200d👩\u200d👧 🏳️\u200d🌈 🇩🇪 👍🏽", "²³¹ Ⅷ ½ ٣ ௩ 𝟛",
     "e\u0301 a\u030a n\u0303", "x\u00a0y\u2003z\u3000w \u1680 \u180e", "<|endoftext|> <|user|> </s>", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𓀀",
-    "\u200b\u200d\ufeff zero", "line \u2028 next\u2029 \x85 \x1c\x1d\x1e\x1f \x00\x7f", " " * 300 + "x", "a" * 300, "\n" * 50,
+    "\u200b\u200d\ufeff zero", "line \u2028 next\u2029 \x85 \x1c\x1d\x1e\x1f \x00\x7f", " " * 300 + "x", "a" * 300,
+    "\n" * 50,
     "\U00013460 \U0002ebf0\U000105c0 \U00010d40 \U0001e5f1", "!?!'s ''''ll 's'S", "١٢٣ \u0600 \U000e0041", "",
 ]  # fmt: skip
 
