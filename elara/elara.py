@@ -389,11 +389,11 @@ class Elara:
         return self.products((self.read(ids, Cache(self, len(ids))), self.head))[0]
 
     def ids(self, prompt: str | Sequence[int], tokens: int = 200, temperature: float = 0.8, top_k: int = 0,
-            top_p: float = 1.0, seed: int | None = None, tidar: bool = False) -> Iterator[list[int]]:  # fmt: skip
-        """The new tokens of each forward, up to `tokens` or the end token, which is given too; temperature 0 is greedy.
+            top_p: float = 1.0, seed: int | None = None, tidar: bool = False, stop: Any = ()) -> Iterator[list[int]]:
+        """The new tokens of each forward, up to `tokens`, the end or a stop token (given too); temperature 0 is greedy.
         tidar: draft with the diffusion head, verify in the same forward: the same text if greedy, else distribution."""
         text = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        text, end = text or [self.tokenizer.end], self.tokenizer.end
+        text, ends = text or [self.tokenizer.end], {self.tokenizer.end, *stop}
         if len(text) > self.context:
             raise GGUFError(f"the prompt has {len(text)} tokens, the model's context holds {self.context}")
         if tidar and not self.length:
@@ -411,8 +411,8 @@ class Elara:
             count, token = _verify(draws(hidden[: len(given)], self.head), given[1:], proposals, random)
             cache.length += count - len(given)
             new = [*draft[: count - 1], token]
-            new = new[: new.index(end) + 1] if end in new else new
-            text, tokens = text + new, 0 if end in new else tokens - len(new)
+            new = new[: next((i + 1 for i, token in enumerate(new) if token in ends), None)]
+            text, tokens = text + new, 0 if new[-1] in ends else tokens - len(new)
             yield new
             draft, masks = [], hidden[len(given) + (count - 1) * self.length :][1 : self.length]
             if tidar and tokens > 1 and len(masks):

@@ -291,7 +291,7 @@ def memory(library: str) -> None:
         "print(*[line for line in open('/proc/self/status') if line.startswith(('VmHWM', 'RssAnon', 'RssFile'))])"
     )
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1] / "elara")}  # elara.py alone, as if it were copied
-    command = [sys.executable, "-c", code, str(path)]
+    command = [sys.executable, "-P", "-c", code, str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     seconds, *kilobytes = done.stdout.replace("kB", "").split("\n", 1)
     peaks = dict(pair.split(":") for pair in "".join(kilobytes).replace("\t", "").split("\n") if ":" in pair)

@@ -189,6 +189,15 @@ def test_quantized_files_stay_near_with_and_without_torch(make: MAKE, tmp_path: 
         assert np.abs(model.logits(IDS) - found).max() < (1e-3 if not options["use_torch"] else 0.5)
 
 
+def test_text_ends_behind_a_stop_token(make: MAKE, tmp_path: Path) -> None:
+    source = make(config(n_embd=64), ByteTokenizer())
+    model = runtime(source, tmp_path / "a.gguf")
+    whole = joined(model.ids(IDS[:20], 40, temperature=0))
+    for tidar in (False, True):
+        found = joined(model.ids(IDS[:20], 40, temperature=0, tidar=tidar, stop=[whole[9]]))
+        assert found == whole[: whole.index(whole[9]) + 1]
+
+
 def test_verified_drafts_follow_the_distribution() -> None:
     """Speculative rejection sampling of two drafted tokens, against the probabilities themselves."""
     random = np.random.default_rng(0)
