@@ -28,7 +28,7 @@ TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32,
          12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210)}  # fmt: skip
 FORMS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 U32, STRING, LIST, U64 = 4, 8, 9, 10
-PREFILL, TILE = 256, 1 << 19  # tokens read at once; weights unpacked at once: fewer cost calls, more leave the cache
+PREFILL, TILE = 256, 1 << 20  # tokens read at once; weights unpacked at once: fewer cost calls, more leave the cache
 FEW, PACKED = 8, 24  # tokens up to which sums are scaled instead of weights; up to which torch's kernels are faster
 
 class GGUFError(ValueError):
@@ -297,7 +297,6 @@ class Elara:
             for matrix in (m for m in reader.matrices if m.kind in UNPACK and len(m.raw) % 16 == 0):
                 matrix.pack(torch)
         self.embed = reader.tensor("token_embd.weight", vocabulary, w)  # not packed: rows are all it gives
-
     @classmethod
     def load(cls, path: str | os.PathLike[str], threads: int | None = None, use_torch: bool | None = None) -> Self:
         """Open a GGUF file. threads: default all. use_torch: its kernels; None = where it is installed."""
@@ -319,10 +318,12 @@ class Elara:
             else:
                 jobs += [(matrix, x, out, slice(i, i + step)) for i in range(0, len(matrix.raw), step)]
         shares = [jobs[i :: self.threads] for i in range(self.threads) if i < len(jobs)]
-        list((self.pool.map if len(shares) > 1 else map)(lambda share: [m.product(*job) for m, *job in share], shares))
+        waits = [self.pool.submit(_run, share) for share in shares[1:]]
+        _run(*shares[:1])
+        _ = [wait.result() for wait in waits]
         return outs
 
-    def forward(self, ids: Sequence[int], cache: Cache, groups: Sequence[int] = ()) -> Array:
+    def forward(self, ids: Sequence[int], cache: Cache, groups: Sequence[int] = ()) -> Any:
         """Append tokens to the cache; final hidden states (tokens + masks, width). For each j in groups, `length` masks
         see the cache, the first j tokens and each other (TiDAR, arXiv 2511.08923, section 3.2), and are not kept."""
         past, tokens = cache.length, len(ids)
@@ -333,7 +334,7 @@ class Elara:
         visible = key <= key[past:, None]
         visible[tokens:] = key < past + behind[:, None]
         visible[tokens:, past + tokens :] = group[:, None] == group
-        turn = [f(place[:, None, None] * self.frequency) for f in (np.cos, np.sin)]  # (tokens + masks, 1, size / 2)
+        turn = [f(place[:, None, None] * self.frequency).astype("f4") for f in (np.cos, np.sin)]  # (all, 1, size / 2)
         x = self.embed.rows(np.append(ids, [self.tokenizer.mask] * len(group)).astype(int))
         for layer, (i, recursion) in enumerate(self.layers):
             block = self.blocks[i]
@@ -341,8 +342,7 @@ class Elara:
             x = x + self._mlp(_norm(x, block["ffn_norm"], self.eps), block, recursion, tokens, behind)
         cache.length += tokens
         return _norm(x, self.norm, self.eps)
-    def _swiglus(self, *parts: tuple[Array, list[Matrix]]) -> list[Array]:
-        """SwiGLU MLPs of (x, [gate, up, down]), all at once."""
+    def _swiglus(self, *parts: tuple[Array, list[Matrix]]) -> list[Array]:  # MLPs of (x, [gate, up, down])
         halves = self.products(*((x, w) for x, ws in parts for w in ws[:2]))
         inner = [gate / (1 + np.exp(-gate)) * up for gate, up in zip(halves[::2], halves[1::2], strict=True)]
         return self.products(*((x, ws[2]) for x, (_, ws) in zip(inner, parts, strict=True)))
@@ -353,8 +353,8 @@ class Elara:
         q, k = (_turned(_norm(y, block[f"attn_{n}_norm"], self.eps), *turn) for y, n in ((q, "q"), (k, "k")))
         cache.kv[layer, :, :, (past := cache.length) : past + len(h)] = k.swapaxes(0, 1), v.swapaxes(0, 1)
         keys, values = cache.kv[layer, :, :, : past + len(h)]
-        q = q.swapaxes(0, 1).reshape(self.kv_heads, -1, self.size)  # (kv heads, group * tokens, size)
-        scores = np.matmul(q, keys.swapaxes(1, 2)) * np.float32(self.size**-0.5)
+        q = (q * np.float32(self.size**-0.5)).swapaxes(0, 1).reshape(self.kv_heads, -1, self.size)
+        scores = np.matmul(q, keys.swapaxes(1, 2))  # (kv heads, group * tokens, keys)
         if len(h) > 1:
             scores.reshape(self.heads, len(h), -1)[:, ~visible] = -np.inf
         scores = np.exp(scores - scores.max(-1, keepdims=True))
@@ -362,9 +362,8 @@ class Elara:
         return self.products((y.swapaxes(0, 1).reshape(len(h), -1), block["attn_output"]))[0]
 
     def _mlp(self, h: Array, block: dict[str, Any], recursion: int, tokens: int, behind: Array) -> Array:
-        """A dense MLP, or the chosen experts, each with all of its tokens at once, and the shared one."""
         if "mlp" in block:
-            return self._swiglus((h, block["mlp"]))[0]
+            return self._swiglus((h, block["mlp"]))[0]  # dense; else the chosen experts and the shared one
         scores = 1 / (1 + np.exp(-(h @ block["router"].rows().T)))
         if self.routing == "anchor":  # a mask takes the experts of the token before its group
             scores[tokens:] = scores[behind - 1]
@@ -445,7 +444,6 @@ class Elara:
             ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
             np.put_along_axis(probs, order, ranked, -1)
         return probs / probs.sum(-1, keepdims=True)
-
     def generate(self, prompt: str, tokens: int = 200, **options: Any) -> Iterator[str]:
         """Text behind a prompt in pieces, as it is written; options as in `ids`."""
         decoder, self.paces = codecs.getincrementaldecoder("utf-8")("replace"), list[int]()  # tokens of each forward
@@ -454,12 +452,14 @@ class Elara:
             yield decoder.decode(b"".join(self.tokenizer.bytes[i] for i in new))
         yield decoder.decode(b"", True)
 
-def _norm(x: Array, weight: Array, eps: float) -> Array:
-    y: Array = x / np.sqrt(np.einsum("...i,...i->...", x, x) / x.shape[-1] + eps)[..., None] * weight
-    return y
+def _run(jobs: Sequence[Any] = ()) -> None:
+    for matrix, *job in jobs:
+        matrix.product(*job)
+def _norm(x: Array, weight: Array, eps: float) -> Any:
+    return x / np.sqrt(np.einsum("...i,...i->...", x, x) / x.shape[-1] + eps)[..., None] * weight
 def _turned(x: Array, cos: Array, sin: Array) -> Array:
     a, b = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1, dtype=np.float32)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 def _draw(probs: Array, random: Any) -> int:
     total = probs.cumsum()
     return int(np.searchsorted(total, min(random.random() * total[-1], np.nextafter(total[-1], 0)), "right"))

@@ -192,11 +192,12 @@ def weights_read(path: Path) -> int:
     return total
 
 
-def speed(library: str, rounds: int) -> None:
+def speed(library: str, rounds: int, kinds: Sequence[str]) -> None:
     """Tokens per second of reading and writing, all engines in turn, one file type after the other."""
     folder = random_checkpoint("elara_124m")
-    rows: list[dict[str, Any]] = []
-    for kind in KINDS:
+    before = json.loads((HERE / "speed.json").read_text("utf-8")) if (HERE / "speed.json").exists() else []
+    rows: list[dict[str, Any]] = [row for row in before if row["kind"] not in kinds]
+    for kind in kinds:
         path = export("elara_124m", "gguf", kind, library)
         names = [name for name in ENGINES if not (name == "elara.py + torch" and kind in ("F32", "F16"))]
         limit = bandwidth() / weights_read(path)
@@ -233,7 +234,7 @@ def speed(library: str, rounds: int) -> None:
                 "of bandwidth": decode / limit, "file": path.stat().st_size,
             })  # fmt: skip
             print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()})
-    write("speed", rows)
+    write("speed", sorted(rows, key=lambda row: KINDS.index(row["kind"])))
 
 
 def loss(name: str, library: str) -> None:
@@ -328,10 +329,14 @@ def plot() -> None:
             rows_of = [row for row in losses if row["engine"] == name]
             mine = sorted((row["file"] / 1e6, row["loss"] - own, row["kind"]) for row in rows_of)
             right.plot([x for x, _, _ in mine], [y for _, y, _ in mine], "o-", color=PALETTE[i], label=name, alpha=0.8)
-            for x, y, kind in mine if not i else []:
-                right.annotate(kind, (x, y), xytext=(0, 7), textcoords="offset points", fontsize=8, ha="center")
+            for place, (x, y, kind) in enumerate(mine if not i else []):
+                above = 8 + 12 * (place % 2)  # neighbours' names would overlap
+                right.annotate(kind, (x, y), xytext=(0, above), textcoords="offset points", fontsize=8, ha="center")
         right.set_xscale("log")
-        right.set_title("Held-out loss over the checkpoint's, nats per character")
+        right.set_xticks([4, 6, 10, 20], ["4", "6", "10", "20"])
+        right.minorticks_off()
+        right.margins(0.06, 0.12)
+        right.set_title("Held-out loss above the checkpoint's, nats")
         right.set_xlabel("unrolled file, MB")
         right.legend()
         figure.savefig(HERE / "export.png")
@@ -345,9 +350,10 @@ def main() -> None:
     parser.add_argument("name", nargs="?", default="elara", help="of loss: a trained run")
     parser.add_argument("--library", default=".counterparts", help="where llama.cpp's library is (make counterparts)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="of speed: which types to measure anew")
     given = parser.parse_args()
     if given.what == "speed":
-        return speed(given.library, given.rounds)
+        return speed(given.library, given.rounds, given.kinds)
     if given.what == "loss":
         return loss(given.name, given.library)
     return memory(given.library) if given.what == "memory" else plot()
