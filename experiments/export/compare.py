@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", default="elara", help="of loss: a trained run")
     parser.add_argument("--library", default=".counterparts", help="where llama.cpp's library is (make counterparts)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="of speed: which types to measure anew")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="of speed: types to measure anew")
     given = parser.parse_args()
     if given.what == "speed":
         return speed(given.library, given.rounds, given.kinds)
