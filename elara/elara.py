@@ -100,7 +100,7 @@ def _numbers(b: Array, kind: str, first: int, count: int) -> Array:  # of each b
 def _runs(b: Array, first: int, count: int, size: int = 32) -> Array:
     """Runs of bytes that each block holds, one behind the other: uint64 (count, blocks, rows, size / 8)."""
     runs = b[..., first : first + count * size].view(f"V{size}").transpose(2, 1, 0)
-    return np.ascontiguousarray(runs).view(np.uint64).reshape(*runs.shape, -1)
+    return np.array(runs, order="C").view(np.uint64).reshape(*runs.shape, -1)  # a copy, which may be written to
 def _halves(runs: Array) -> Array:  # the low and the high four bits of all bytes, (..., 2, blocks, rows, size / 8)
     levels = np.empty((*runs.shape[:-3], 2, *runs.shape[-3:]), np.uint64)
     np.bitwise_and(runs, LOW, out=levels[..., 0, :, :, :])
