@@ -190,7 +190,6 @@ class Matrix:
         product = torch.ops.aten._weight_int4pack_mm_for_cpu if four else torch.ops.aten._weight_int8pack_mm
         weights = torch.cat(forms), *([32] if four else []), torch.cat(scales, 1 if four else 0)
         self.packed = lambda x: product(x, *weights)
-
 # Letters and digits of Unicode 15 and 16, which older Pythons do not know: first+count
 NEWER = {"Z": """1c89+2 a7cb+3 a7da+3 105c0+34 10d4a+1c 10d6f+17 10ec2+3 1123f+2 11380+a 1138b+1 1138e+1 11390+26
 113b7+1 113d1+1 113d3+1 11bc0+21 11f02+1 11f04+d 11f12+22 1342f+1 13441+6 13460+f9b 16100+1e 16d40+2d 18cff+1 1b132+1
@@ -283,9 +282,10 @@ class Elara:
                 block["mlp"] = mlp(prefix + "ffn_{}.weight", h)
             self.blocks.append(block)
         self.layers = [divmod(i, depth) if order == "block" else divmod(i, count)[::-1] for i in range(count * depth)]
-        heads = (n if n in reader.tensors else "token_embd.weight" for n in ("output.weight", "diffusion.weight"))
-        self.norm = reader.tensor("output_norm.weight", w)
-        self.head, self.diffusion = (reader.tensor(name, vocabulary, w) for name in heads)
+        name = "output.weight" if "output.weight" in reader.tensors else "token_embd.weight"
+        self.norm, self.head = reader.tensor("output_norm.weight", w), reader.tensor(name, vocabulary, w)
+        own = "diffusion.weight" in reader.tensors  # else it is the other head's
+        self.diffusion = reader.tensor("diffusion.weight", vocabulary, w) if own else self.head
         self.chain = mlp("chain_{}.weight", w, given=2 * w) if "chain_norm.weight" in reader.tensors else []
         self.chain_norm: Any = reader.tensor("chain_norm.weight", w) if self.chain else None
         self.frequency = base ** (np.arange(0, d, 2, dtype=np.float32) / -d)
