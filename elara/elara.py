@@ -293,13 +293,13 @@ class Elara:
         self.pool = ThreadPoolExecutor(self.threads)
         if use_torch or (use_torch is None and find_spec("torch")):
             import torch
-            torch.set_num_threads(self.threads)
+            torch.set_num_threads(threads or torch.get_num_threads())
             for matrix in (m for m in reader.matrices if m.kind in UNPACK and len(m.raw) % 16 == 0):
                 matrix.pack(torch)
         self.embed = reader.tensor("token_embd.weight", vocabulary, w)  # not packed: rows are all it gives
     @classmethod
     def load(cls, path: str | os.PathLike[str], threads: int | None = None, use_torch: bool | None = None) -> Self:
-        """Open a GGUF file. threads: default all. use_torch: its kernels; None = where it is installed."""
+        """Open a GGUF file. threads: default all (of torch: as it is). use_torch: None = where it is installed."""
         return cls(os.fspath(path), threads, use_torch)
 
     def products(self, *pairs: tuple[Array, Matrix]) -> list[Array]:

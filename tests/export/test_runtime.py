@@ -301,3 +301,15 @@ def test_a_conversation_goes_through_text(make: MAKE, tmp_path: Path) -> None:
     assert "".join(model.generate(TEXT, 12, temperature=0)) == source.tokenizer.decode(
         written(source, source.tokenizer.encode(TEXT), 12)
     )
+
+
+def test_torch_keeps_its_threads_unless_some_are_asked_for(make: MAKE, tmp_path: Path) -> None:
+    source = make(config(n_embd=64), ByteTokenizer())
+    before = torch.get_num_threads()
+    try:
+        runtime(source, tmp_path / "a.gguf", kind="Q8_0", use_torch=True)
+        assert torch.get_num_threads() == before
+        runtime(source, tmp_path / "a.gguf", kind="Q8_0", use_torch=True, threads=before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
