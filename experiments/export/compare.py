@@ -2,6 +2,7 @@
 
     python experiments/export/compare.py speed --library .counterparts     # random weights of elara_124m: minutes
     python experiments/export/compare.py memory --library .counterparts    # the 2.8 B compact file, 1024 tokens
+    python experiments/export/compare.py drafts elara --library .counterparts    # TiDAR in elara.py
     python experiments/export/compare.py loss elara --library .counterparts    # a trained run
     python experiments/export/compare.py plot
 
@@ -301,6 +302,26 @@ def memory(library: str) -> None:
     print(figures)
 
 
+def drafts(name: str, library: str, rounds: int) -> None:
+    """Tokens per second of elara.py in numpy, drafting and not, on a trained run; greedy, 200 tokens in turns."""
+    from elara import runs
+    from elara.elara import Elara
+
+    rows: list[dict[str, Any]] = []
+    for kind in ("F32", "Q4_K_M"):
+        model = Elara.load(export(runs.find_checkpoint(name), "compact", kind, library), THREADS, False)
+        taken: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(rounds):
+            for tidar, times in taken.items():
+                started = time.perf_counter()
+                forwards = len(list(model.ids("ROMEO:", 200, temperature=0, tidar=tidar)))
+                times.append(time.perf_counter() - started)
+        ratios = [plain / drafted for plain, drafted in zip(*taken.values(), strict=True)]
+        rows.append({"kind": kind, "tokens per forward": 200 / forwards, "speed-up": statistics.median(ratios)})
+        print(rows[-1])
+    write("drafts", rows)
+
+
 def write(name: str, rows: list[dict[str, Any]]) -> None:
     (HERE / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
@@ -346,14 +367,16 @@ def main() -> None:
     if sys.argv[1:2] == ["work"]:
         return work(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "memory", "loss", "plot"])
-    parser.add_argument("name", nargs="?", default="elara", help="of loss: a trained run")
+    parser.add_argument("what", choices=["speed", "memory", "loss", "drafts", "plot"])
+    parser.add_argument("name", nargs="?", default="elara", help="of loss, drafts: a trained run")
     parser.add_argument("--library", default=".counterparts", help="where llama.cpp's library is (make counterparts)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="of speed: types to measure anew")
     given = parser.parse_args()
     if given.what == "speed":
         return speed(given.library, given.rounds, given.kinds)
+    if given.what == "drafts":
+        return drafts(given.name, given.library, given.rounds)
     if given.what == "loss":
         return loss(given.name, given.library)
     return memory(given.library) if given.what == "memory" else plot()

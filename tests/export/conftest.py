@@ -12,6 +12,7 @@ import torch
 
 from elara import checkpoint
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
+from elara.errors import ElaraError
 from elara.export.source import Source, open_source
 from elara.model import ElaraLM
 from elara.tokenizer import Tokenizer, padded_vocab
@@ -28,7 +29,7 @@ MAKE = Callable[..., Source]
 def gpt2() -> GPT2Tokenizer:
     try:
         return GPT2Tokenizer.fetch(ROOT / "data" / "archives")
-    except Exception as error:
+    except ElaraError as error:
         pytest.skip(f"GPT-2's merges cannot be had ({MERGES_SHA256[:8]}): {error}")
 
 

@@ -1,8 +1,9 @@
 """GGUF files as the `gguf` package reads them back: keys, tensors, and nothing left behind when writing fails."""
 
+import contextlib
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from gguf import GGMLQuantizationType, GGUFReader
 
 from elara import checkpoint, shards
 from elara.errors import ElaraError
-from elara.export import files
 from elara.export.files import write_model
 from elara.export.layout import COMPACT, UNROLLED, pieces
 from elara.export.quantize import Encoder
@@ -120,16 +120,22 @@ def test_every_weight_is_made_once_and_one_at_a_time(
     assert made == [piece.names[0] for piece in pieces(source.config, UNROLLED, 3)]
 
 
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Files may have 100 kB: what is longer fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(make: MAKE, tmp_path: Path) -> None:
     source = make(config(), ByteTokenizer())
     target = tmp_path / "out" / "a.gguf"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # what is longer fails as on a full disk
-    try:
-        with pytest.raises(ElaraError, match=r"cannot write .*a\.gguf: .*make room or give output=PATH"):
-            write_model(target, source, UNROLLED, "F32", None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(), pytest.raises(ElaraError, match=r"cannot write .*a\.gguf: .*make room or give output=PATH"):
+        write_model(target, source, UNROLLED, "F32", None)
     assert list(target.parent.iterdir()) == []
 
 
@@ -139,19 +145,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(make: MAKE, tmp_path: Path)
         write_model(tmp_path / "file" / "a.gguf", make(config(), ByteTokenizer()), UNROLLED, "F32", None)
 
 
-def test_an_older_file_stays_until_the_new_one_is_whole(
-    make: MAKE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_older_file_stays_until_the_new_one_is_whole(make: MAKE, tmp_path: Path) -> None:
     target = tmp_path / "out" / "a.gguf"
     source = make(config(), ByteTokenizer())
     write_model(target, source, UNROLLED, "F32", None)
     whole = target.read_bytes()
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files, "_read", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with full_disk(), pytest.raises(ElaraError, match="cannot write"):
         write_model(target, source, UNROLLED, "F16", None)
     assert list(target.parent.iterdir()) == [target] and target.read_bytes() == whole
 
