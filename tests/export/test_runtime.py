@@ -272,8 +272,12 @@ def test_it_runs_where_numpy_is_all_there_is(make: MAKE, tmp_path: Path) -> None
     assert made.returncode == 0, made.stderr
     listed = command(python, "-m", "pip", "list", "--format=freeze").stdout
     assert {line.split("==")[0] for line in listed.split()} <= {"numpy", "pip", "setuptools"}
-    done = command(python, "elara.py", "a.gguf", "The bee", "--tokens", "20", "--tidar", cwd=tmp_path)
-    assert done.returncode == 0 and "[20 tokens, " in done.stdout, done.stderr
+    arguments = ("elara.py", "a.gguf", "The bee", "--tokens", "20", "--temperature", "0")
+    here, there = (command(each, *arguments, cwd=tmp_path) for each in (sys.executable, python))
+    drafted = command(python, *arguments, "--tidar", cwd=tmp_path)
+    assert there.returncode == drafted.returncode == 0, there.stderr + drafted.stderr
+    texts = [done.stdout.split("\n\n[")[0] for done in (here, there, drafted)]
+    assert texts[0].startswith("The bee") and len(set(texts)) == 1, texts
     times = []
     for _ in range(5):
         code = "import time; a = time.perf_counter(); import elara; print(time.perf_counter() - a)"
