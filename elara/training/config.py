@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from elara.backends.config import TeacherConfig
 from elara.config import ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.data.config import DataConfig
 from elara.tokenizer.config import TokenizerConfig
@@ -45,6 +46,7 @@ class TrainConfig:
     tidar: TiDARConfig = field(default_factory=TiDARConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
