@@ -1,0 +1,160 @@
+"""Samples: the one schema of conversations and texts that are kept, collected from teachers, or exported from memory.
+
+On disk they are JSON lines or Parquet with the same columns. JSON lines:
+
+    {"id": "...", "messages": [{"role": "user", "content": "..."}, ...], "source": "...", "weight": 1.0,
+     "provenance": {...}}
+
+with `text` in place of `messages` for plain documents. In Parquet `provenance` is a JSON string.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elara.errors import ElaraError
+from elara.tokenizer import ROLES
+
+Message = dict[str, str]  # role and content
+
+SUFFIXES = (".jsonl", ".parquet")
+COLUMNS = ("id", "messages", "text", "source", "weight", "provenance")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation (`messages`) or a document (`text`), one of the two.
+
+    id: unique within its folder. source: the kind of thing it is: document, feedback, teacher, tool_use, ... weight:
+    how much it counts in training, 1 = as any other. provenance: JSON values about where it comes from.
+
+    Raises:
+        ElaraError: neither or both of messages and text, an unknown role, a weight that is no number of at least 0.
+    """
+
+    id: str
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    source: str = "document"
+    weight: float = 1.0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.messages is None) == (self.text is None):
+            raise ElaraError(f"sample {self.id} needs either messages or text")
+        if not 0 <= self.weight < float("inf"):
+            raise ElaraError(f"sample {self.id} has weight {self.weight}: give a number of at least 0")
+        for message in self.messages or ():
+            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+                raise ElaraError(
+                    f"sample {self.id} has a message without a role of {', '.join(ROLES)} or without content"
+                )
+
+    def row(self) -> dict[str, Any]:
+        """As a JSON object; what is empty is left out."""
+        row: dict[str, Any] = {"id": self.id}
+        row |= {"text": self.text} if self.messages is None else {"messages": [dict(m) for m in self.messages]}
+        return row | {"source": self.source, "weight": self.weight, "provenance": dict(self.provenance)}
+
+    @classmethod
+    def of(cls, row: Any, where: str) -> Sample:
+        """From a JSON object; `where` names the place for errors. Keys that the schema lacks are ignored."""
+        if not isinstance(row, Mapping) or not isinstance(row.get("id"), str):
+            raise ElaraError(f"{where} is not a sample: a JSON object with an id and messages or text is needed")
+        messages, text, provenance = row.get("messages"), row.get("text"), row.get("provenance")
+        try:
+            return cls(
+                id=row["id"],
+                messages=None if messages is None else tuple({**message} for message in messages),
+                text=text,
+                source=str(row.get("source") or "document"),
+                weight=float(1.0 if row.get("weight") is None else row["weight"]),
+                provenance=json.loads(provenance) if isinstance(provenance, str) else provenance or {},
+            )
+        except (TypeError, ValueError, ElaraError) as error:
+            raise ElaraError(f"{where}: {error}") from error
+
+
+def sample_files(path: Path | str) -> list[Path]:
+    """The sample files of a path: itself, or all of a folder, by name; ElaraError if there are none."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
+        if not files:
+            raise ElaraError(f"{path} holds no samples: files that end in {' or '.join(SUFFIXES)} are needed")
+        return files
+    if not place.is_file():
+        raise ElaraError(f"{path} does not exist: give a file of samples or a folder of them")
+    if place.suffix not in SUFFIXES:
+        raise ElaraError(f"{path} is not a file of samples: its name must end in {' or '.join(SUFFIXES)}")
+    return [place]
+
+
+def read_samples(path: Path | str) -> Iterator[Sample]:
+    """All samples of a file or folder, read only as far as they are asked for; ElaraError names file and line."""
+    for file in sample_files(path):
+        yield from _parquet(file) if file.suffix == ".parquet" else _json_lines(file)
+
+
+def write_parquet(file: Path, samples: Iterable[Sample], rows: int = 10_000) -> int:
+    """Write samples as Parquet, `rows` at a time; returns how many. Needs pyarrow (extra `hub`)."""
+    pa, parquet = _pyarrow()
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    kinds = (pa.string(), pa.list_(message), pa.string(), pa.string(), pa.float64(), pa.string())
+    schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
+    count, batch = 0, list[dict[str, Any]]()
+
+    def flush() -> None:
+        writer.write_table(pa.Table.from_pylist(batch, schema))
+        batch.clear()
+
+    with parquet.ParquetWriter(file, schema) as writer:
+        for sample in samples:
+            batch.append({**sample.row(), "provenance": json.dumps(dict(sample.provenance))})
+            count += 1
+            if len(batch) == rows:
+                flush()
+        if batch:
+            flush()
+    return count
+
+
+def _json_lines(file: Path) -> Iterator[Sample]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield Sample.of(_json(line, f"{file}, line {number}"), f"{file}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ElaraError(f"cannot read {file}: {error}") from error
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ElaraError(f"{where} is not JSON ({error}): mend or delete it") from error
+
+
+def _parquet(file: Path) -> Iterator[Sample]:
+    pa, parquet = _pyarrow()
+    try:
+        table = parquet.ParquetFile(file)
+        for group in range(table.num_row_groups):
+            for number, row in enumerate(table.read_row_group(group).to_pylist()):
+                yield Sample.of(row, f"{file}, row {number} of group {group}")
+    except (OSError, pa.ArrowException) as error:
+        raise ElaraError(f"cannot read {file}: {error}") from error
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ElaraError("Parquet files need an extra: pip install 'elara-hivemind[hub]'") from error
+    return pyarrow, pyarrow.parquet
