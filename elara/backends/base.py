@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from elara.errors import ElaraError
+
+if TYPE_CHECKING:  # the configuration imports this package, and composing it should not wait for torch
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 Messages = Sequence[Mapping[str, str]]  # each with `role` (system, user, assistant, tool) and `content`
 
@@ -22,8 +22,9 @@ Messages = Sequence[Mapping[str, str]]  # each with `role` (system, user, assist
 class BackendError(ElaraError):
     """A backend could not do what was asked, its own retries included.
 
-    kind: unreachable | timeout | rate_limited | refused | out_of_memory | empty | endless | not_text. `refused` is the
-    server's word on the request itself (no such model, bad key): asking again would not help.
+    kind: unreachable | timeout | rate_limited | refused | out_of_memory | unfit | empty | endless | not_text. `refused`
+    is the server's word on the request itself (no such model, bad key): asking again would not help. `unfit` is about
+    this conversation alone: too long for the context, or a role that the model's chat template lacks.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -138,4 +139,4 @@ def top_k_logprobs(logits: Tensor, k: int) -> TopLogprobs:
     """logits: (batch, seq, vocab). The normaliser is taken in float32 over the whole vocabulary."""
     logits = logits.float()
     values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
-    return TopLogprobs(ids, values - torch.logsumexp(logits, -1, keepdim=True))
+    return TopLogprobs(ids, values - logits.logsumexp(-1, keepdim=True))

@@ -24,9 +24,9 @@ import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
-from torch import Tensor
 
 from elara.bench.measure import Figure, figure
+from elara.data.batches import Batch
 from elara.errors import ElaraError
 from elara.training.module import ElaraModule
 from elara.training.run import Parts, build, hush, resolved
@@ -73,9 +73,9 @@ class Bare:
         """Train so many steps."""
         self.module.to(device).train()
         for _ in range(steps):
-            tokens = next(self.batches).to(device, non_blocking=True)
+            batch = Batch(next(self.batches).tokens.to(device, non_blocking=True))
             with torch.autocast(device.type, torch.bfloat16, enabled=self.narrow):
-                loss = self.module.training_step(tokens, self.at.global_step)
+                loss = self.module.training_step(batch, self.at.global_step)
             self.optimizer.zero_grad()
             loss.backward()
             if self.limit:
@@ -100,7 +100,7 @@ class Turns(lightning.Callback):
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self._since = _clocks()
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % CHUNK:
             return
         halted = _clocks()

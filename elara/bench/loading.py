@@ -73,7 +73,7 @@ class _Reader:
 
     def read(self) -> None:
         for _ in range(BATCHES):
-            next(self.batches).to(self.device, non_blocking=True)
+            next(self.batches).tokens.to(self.device, non_blocking=True)
 
     def close(self) -> None:
         if hasattr(self.batches, "_shutdown_workers"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +18,26 @@ from elara.errors import ElaraError
 PADDING = -1  # stands behind a document's last token where a window is longer: no id, no target
 
 Int64 = NDArray[np.int64]
+Table = tuple[Int64, Int64]  # starts and lengths of windows
 
 
-class Batches(Dataset[Tensor]):
-    """Training batches. An item is a whole batch: int64 (batch_size, seq + 1); position = epoch * steps + step.
+class Batch(NamedTuple):
+    """Windows of a corpus.
+
+    tokens: int64 (batch, seq + 1), `PADDING` where a window is shorter. weights: float32 (batch, seq + 1), what each
+    token counts as a target, 0 = it is read only; None = 1 for all.
+    """
+
+    tokens: Tensor
+    weights: Tensor | None = None
+
+
+class Batches(Dataset[Batch]):
+    """Training batches. An item is a whole batch; position = epoch * steps + step.
 
     The packed stream is cut into windows that share one token (the last target is the next input), from an offset that
     is drawn per epoch; an epoch visits every window once, in an order drawn per epoch, and drops the last incomplete
-    batch. With `cross_documents=False` windows start with each document and never leave it; the rest is `PADDING`.
+    batch. With a `table` the windows are the table's; where they are shorter than seq + 1, the rest is `PADDING`.
 
     Args:
         tokens: the split to read.
@@ -33,6 +45,7 @@ class Batches(Dataset[Tensor]):
         seq: inputs per window; a window has seq + 1 tokens.
         seed: of offset and order.
         rank, world: item `step` of this rank is batch `step * world + rank` of the epoch.
+        table: `document_windows` or `packed_windows`; None = the stream.
 
     Raises:
         ElaraError: the corpus is too small for one batch per rank.
@@ -40,11 +53,11 @@ class Batches(Dataset[Tensor]):
 
     def __init__(
         self, tokens: TokenFile, batch_size: int, seq: int, seed: int,
-        *, rank: int = 0, world: int = 1, cross_documents: bool = True,
+        *, rank: int = 0, world: int = 1, table: Table | None = None,
     ) -> None:
         self.tokens, self.batch_size, self.seq, self.seed = tokens, batch_size, seq, seed
         self.rank, self.world = rank, world
-        self._table = None if cross_documents else document_windows(tokens.ends, seq)
+        self._table = table
         self.windows = max(len(tokens) - seq, 0) // seq if self._table is None else len(self._table[0])
         self.steps = self.windows // (batch_size * world)
         if not self.steps:
@@ -58,17 +71,16 @@ class Batches(Dataset[Tensor]):
         """Steps per epoch."""
         return self.steps
 
-    def __getitem__(self, position: int) -> Tensor:
+    def __getitem__(self, position: int) -> Batch:
         epoch, step = divmod(position, self.steps)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, permutation(self.windows, self.seed, epoch)
         first = (step * self.world + self.rank) * self.batch_size
         chosen = self._order[first : first + self.batch_size]
         if self._table is not None:
-            return _padded(self.tokens.tokens, self._table[0][chosen], self._table[1][chosen], self.seq)
+            return _read(self.tokens, places(self._table[0][chosen], self._table[1][chosen], self.seq))
         starts = chosen * self.seq + epoch_offset(self.seq, self.seed, epoch)
-        rows = np.lib.stride_tricks.sliding_window_view(self.tokens.tokens, self.seq + 1)
-        return torch.from_numpy(rows[starts].astype(np.int64))  # (batch_size, seq + 1)
+        return _read(self.tokens, starts[:, None] + np.arange(self.seq + 1))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_epoch": -1, "_order": np.empty(0, np.int64)}  # workers compute the order themselves
@@ -88,8 +100,8 @@ class Order(Sampler[int]):
         return itertools.count(self.start)
 
 
-class ValidationBatches(Dataset[Tensor]):
-    """Fixed windows of the held-out documents, each within one document; items int64 (batch_size, seq + 1).
+class ValidationBatches(Dataset[Batch]):
+    """Fixed windows of the held-out documents, each within one document.
 
     Every token but each document's first is a target exactly once; behind a document's end stands `PADDING`, and so do
     whole windows of it behind the last one, where a batch or a rank would have fewer than the others.
@@ -116,13 +128,13 @@ class ValidationBatches(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return _padded(self.tokens.tokens, self._starts[index], self._lengths[index], self.seq)
+        return _read(self.tokens, places(self._starts[index], self._lengths[index], self.seq))
 
 
-def document_windows(ends: Int64, seq: int) -> tuple[Int64, Int64]:
+def document_windows(ends: Int64, seq: int) -> Table:
     """Starts and lengths (2..seq + 1) of the windows that cover each document, stride seq."""
     begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)
     counts = np.maximum(ends - begins - 1 + seq - 1, 0) // seq  # ceil(targets / seq)
@@ -130,6 +142,27 @@ def document_windows(ends: Int64, seq: int) -> tuple[Int64, Int64]:
     first = np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(begins, counts) + (np.arange(counts.sum(), dtype=np.int64) - first) * seq
     return starts, np.minimum(seq + 1, np.repeat(ends, counts) - starts)
+
+
+def packed_windows(ends: Int64, seq: int) -> Table:
+    """Windows that begin with a document and hold as many of the following ones, whole, as fit into seq + 1 tokens.
+
+    A longer document fills windows of its own, as in `document_windows`.
+    """
+    begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    long = document_windows(ends, seq)
+    windows, first = list[tuple[int, int]](), 0
+    while first < len(ends):
+        last = int(np.searchsorted(ends, begins[first] + seq + 1, side="right"))  # the first one that does not fit
+        if last > first:
+            windows.append((int(begins[first]), int(ends[last - 1] - begins[first])))
+        else:
+            inside = slice(*np.searchsorted(long[0], [begins[first], ends[first]]))
+            windows += zip(long[0][inside].tolist(), long[1][inside].tolist(), strict=True)
+            last = first + 1
+        first = last
+    table = np.array([window for window in windows if window[1] > 1], np.int64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
 
 
 def permutation(n: int, seed: int, epoch: int) -> Int64:
@@ -155,8 +188,14 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _padded(tokens: NDArray[Any], starts: Int64, lengths: Int64, seq: int) -> Tensor:
+def places(starts: Int64, lengths: Int64, seq: int) -> Int64:
+    """Where the tokens of windows lie in the stream, (windows, seq + 1); -1 behind a window's length."""
     columns = np.arange(seq + 1, dtype=np.int64)
-    places = np.minimum(starts[:, None] + columns, len(tokens) - 1)
-    rows = np.where(columns < lengths[:, None], tokens[places].astype(np.int64), PADDING)
-    return torch.from_numpy(rows)  # (rows, seq + 1)
+    return np.where(columns < lengths[:, None], starts[:, None] + columns, -1)
+
+
+def _read(tokens: TokenFile, at: Int64) -> Batch:
+    inside = at >= 0
+    rows = np.where(inside, tokens.tokens[at].astype(np.int64), PADDING)
+    weights = None if tokens.weights is None else np.where(inside, tokens.weights[at].astype(np.float32), 0)
+    return Batch(torch.from_numpy(rows), None if weights is None else torch.from_numpy(weights))

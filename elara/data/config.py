@@ -24,5 +24,6 @@ class DataConfig:
     batch_size: int = 32  # windows per step and rank
     seq: int | None = None  # window length in tokens; null = model.context_length
     cross_documents: bool = True  # false: a window ends with its document, the rest is padding
+    pack: bool = False  # with cross_documents=false: a window holds as many whole documents as fit
     val_batches: int | None = None  # validation batches, spread evenly over the text; null = all of it
     workers: int = 0  # processes that read batches; 0 = in the training process, the fastest for small batches

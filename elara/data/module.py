@@ -6,17 +6,16 @@ from pathlib import Path
 
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from elara.data.batches import Batches, Order, ValidationBatches
+from elara.data.batches import Batch, Batches, Order, ValidationBatches, document_windows, packed_windows
 from elara.data.config import DataConfig
 from elara.data.preparation import Prepared, prepare
 from elara.tokenizer import TokenizerConfig
 
 
 class ElaraData(LightningDataModule):
-    """Batches of token ids, int64 (batch, seq + 1), -1 = padding.
+    """Batches of a corpus (`elara.data.batches.Batch`).
 
     Args:
         root: folder for downloads and prepared data.
@@ -52,24 +51,24 @@ class ElaraData(LightningDataModule):
     def train_batches(self) -> Batches:
         """This rank's training batches."""
         rank, world = self._rank()
-        return Batches(
-            self.prepared.train, self.data.batch_size, self.seq, self.seed,
-            rank=rank, world=world, cross_documents=self.data.cross_documents,
-        )
+        train, table = self.prepared.train, None
+        if not self.data.cross_documents:
+            table = (packed_windows if self.data.pack else document_windows)(train.ends, self.seq)
+        return Batches(train, self.data.batch_size, self.seq, self.seed, rank=rank, world=world, table=table)
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Batches from `position` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""
         batches = self.train_batches()
         return self._loader(batches, Order(self.position))
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """The same held-out windows every time."""
         rank, world = self._rank()
         limit = self.data.val_batches
         val = ValidationBatches(self.prepared.val, self.data.batch_size, self.seq, limit=limit, rank=rank, world=world)
         return self._loader(val)
 
-    def _loader(self, dataset: Dataset[Tensor], sampler: Sampler[int] | None = None) -> DataLoader[Tensor]:
+    def _loader(self, dataset: Dataset[Batch], sampler: Sampler[int] | None = None) -> DataLoader[Batch]:
         return DataLoader(
             dataset, batch_size=None, sampler=sampler, num_workers=self.data.workers,
             persistent_workers=self.data.workers > 0, pin_memory=torch.cuda.is_available(),

@@ -109,6 +109,7 @@ def _build(source: Source, tokenizer: Tokenizer, recipe: dict[str, Any], folder:
         tokenizer.save(building / "tokenizer")
         described = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
         manifest: dict[str, Any] = {**recipe, "tokenizer": described, "dtype": dtype.str}
+        manifest["weights"] = (building / "train.weights").exists()
         for split in SPLITS:
             manifest[split] = {**counts[split], "sha256": archives.sha256_of(building / f"{split}.bin")}
         (building / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

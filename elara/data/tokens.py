@@ -19,6 +19,7 @@ class TokenFile:
     Attributes:
         tokens: memory-mapped ids (n,), uint16 or uint32.
         ends: int64 positions behind each document's last token; the last one is n.
+        weights: float16 (n,), what each token counts as a target; None where all count alike.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -27,6 +28,8 @@ class TokenFile:
         counts, self.dtype = entry[split], np.dtype(entry["dtype"])
         self.tokens = self._map(folder / f"{split}.bin", self.dtype, counts["tokens"])
         self.ends = self._map(folder / f"{split}.ends", np.dtype("<i8"), counts["documents"])
+        weights = folder / f"{split}.weights"
+        self.weights = self._map(weights, np.dtype("<f2"), counts["tokens"]) if entry.get("weights") else None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -46,9 +49,10 @@ class TokenFile:
 
 
 class TokenWriter:
-    """Appends documents to `<split>.bin` and `<split>.ends`."""
+    """Appends documents to `<split>.bin`, `<split>.ends` and, where tokens count differently, `<split>.weights`."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], *, weights: bool = False) -> None:
+        self._weights = (folder / f"{split}.weights").open("wb") if weights else None
         self._tokens = (folder / f"{split}.bin").open("wb")
         self._ends = (folder / f"{split}.ends").open("wb")
         self._dtype = dtype
@@ -63,9 +67,13 @@ class TokenWriter:
     def close(self) -> None:
         self._tokens.close()
         self._ends.close()
+        if self._weights is not None:
+            self._weights.close()
 
-    def write(self, ids: NDArray[Any] | list[int], characters: int) -> None:
-        """Append ids that stand for so many characters of text to the open document."""
+    def write(self, ids: NDArray[Any] | list[int], characters: int, weights: NDArray[Any] | None = None) -> None:
+        """Append ids that stand for so many characters of text to the open document, with their weights."""
+        if self._weights is not None:
+            self._weights.write(np.asarray(weights, "<f2").tobytes())
         self._tokens.write(np.asarray(ids, self._dtype).tobytes())
         self.counts["tokens"] += len(ids)
         self.counts["characters"] += characters

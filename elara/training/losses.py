@@ -104,31 +104,39 @@ def elara_loss(
     pad_id: int = -1,
     place: tuple[int, int] = (0, 1),
     over_ranks: Average | None = None,
+    weights: Tensor | None = None,
 ) -> Losses:
     """The loss of one batch.
 
     tokens: (batch, seq + 1) ids; the first seq are read, the last seq predicted; `pad_id` marks padding, which is read
-    as token 0 and never a target. generator: on the CPU, draws the supervised blocks and hidden tokens. place: (rank,
+    as token 0 and never a target. weights: (batch, seq + 1), what every token counts as a target; those of 0 are read
+    only and not part of the mean. generator: on the CPU, draws the supervised blocks and hidden tokens. place: (rank,
     ranks) where `tokens` are one rank's rows of a global batch; over_ranks as in `cross_entropy`.
     """
     config = model.config.tidar
     pad = tokens == pad_id
-    ar_targets = tokens.masked_fill(pad, IGNORE)[:, 1:]
+    known = tokens.masked_fill(pad if weights is None else pad | (weights == 0), IGNORE)
+    ar_targets, ar_weights = known[:, 1:], None if weights is None else weights[:, 1:].flatten()
     inputs = tokens.masked_fill(pad, 0)[:, :-1]
     section = supervision = None
     if config.block_length:
         section, supervision = draw_section(inputs, config, mask_id, generator, place)
     output = model(inputs, section=section, depth=depth)
-    ar = cross_entropy(output.hidden.flatten(0, 1), model.embed.weight, ar_targets.flatten(), over_ranks=over_ranks)
+    ar = cross_entropy(
+        output.hidden.flatten(0, 1), model.embed.weight, ar_targets.flatten(), weights=ar_weights, over_ranks=over_ranks
+    )
     total, diffusion = ar + output.routing.penalty, None
     if section is not None and supervision is not None:
         places = to_device(section.positions()[0], inputs.device)
-        targets = supervision.targets.masked_fill(pad[:, places], IGNORE)
-        weights = None if supervision.weights is None else supervision.weights.flatten()
+        targets = known[:, places]
+        factors = None if weights is None else weights[:, places]
+        if supervision.weights is not None:
+            factors = supervision.weights if factors is None else supervision.weights * factors
         assert output.mask_hidden is not None
         mask_hidden = model.chained(output.mask_hidden, inputs[:, places - 1]).flatten(0, 1)
         diffusion = cross_entropy(
-            mask_hidden, model.diffusion_weight, targets.flatten(), weights=weights, over_ranks=over_ranks
-        )
+            mask_hidden, model.diffusion_weight, targets.flatten(),
+            weights=None if factors is None else factors.flatten(), over_ranks=over_ranks,
+        )  # fmt: skip
         total = total + config.loss_weight * diffusion
     return Losses(total, ar, diffusion, output.routing.penalty, output.routing)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from elara.data.batches import Batch
 from elara.errors import ElaraError
 from elara.model import ElaraLM
 from elara.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ class ElaraModule(lightning.LightningModule):
     callbacks read them every `log_every_n_steps`.
 
     optimizer: builds the optimizer from the model. schedule: gives the factor on its rate as a function of the step.
-    uneven: training windows may hold padding, so that ranks have different numbers of targets.
+    uneven: not every token of a training window is a target, so that ranks have different numbers of them.
     """
 
     def __init__(
@@ -97,19 +98,19 @@ class ElaraModule(lightning.LightningModule):
         if self.global_rank:
             torch.manual_seed(_mix(self.seed, "rank", self.global_rank))
 
-    def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
-        """tokens: (batch, seq + 1) ids with -1 for padding. Returns the loss of this micro-batch."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the loss of this micro-batch."""
         torch.set_autocast_cache_enabled(True)  # Lightning has it off; recursion would cast each weight once per pass
         generator, place = self._seeded("train", batch_idx), (self.global_rank, self.trainer.world_size)
         losses = elara_loss(
-            self.model, tokens, generator, self.tokenizer.mask_id, depth=self._depth(), place=place,
-            over_ranks=self._mean_over_ranks if self.uneven and place[1] > 1 else None,
+            self.model, batch.tokens, generator, self.tokenizer.mask_id, depth=self._depth(), place=place,
+            weights=batch.weights, over_ranks=self._mean_over_ranks if self.uneven and place[1] > 1 else None,
         )  # fmt: skip
         self.balancer.add(losses.routing)
         self.train_means.update(self._parts(losses))
         return losses.total
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Ask for a validation behind the last step, so that a run never ends without one."""
         if self.trainer.max_steps == self.trainer.global_step + 1 and self.step_ends(batch_idx):
             self.trainer.should_stop = True
@@ -136,11 +137,13 @@ class ElaraModule(lightning.LightningModule):
         if load is not None:
             self.load = add_loads(self.load, load)
 
-    def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses with the same mask sections at every validation."""
         generator, place = self._seeded("val", batch_idx), (self.global_rank, self.trainer.world_size)
-        losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, place=place)
-        self.val_means.update(self._parts(losses), (tokens[:, 1:] >= 0).sum())
+        tokens, weights = batch.tokens, batch.weights
+        losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, place=place, weights=weights)
+        targets = tokens[:, 1:] >= 0 if weights is None else weights[:, 1:] > 0
+        self.val_means.update(self._parts(losses), targets.sum())
 
     def on_validation_epoch_end(self) -> None:
         """Record the figures of the whole validation under val/."""

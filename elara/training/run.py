@@ -133,7 +133,7 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
         optimizer=factory(config.optimizer, "optimizer"),
         schedule=factory(config.schedule, "schedule")(config.trainer.max_steps),
         chars_per_token=val["characters"] / val["tokens"],
-        uneven=not data_config.cross_documents,
+        uneven=not data_config.cross_documents or prepared.train.weights is not None,
     )
     return Parts(trainer, module, data)
 

@@ -24,7 +24,7 @@ def make(tmp_path):
 
 
 def take(module, count):
-    return list(itertools.islice(module.train_dataloader(), count))
+    return [batch.tokens for batch in itertools.islice(module.train_dataloader(), count)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -57,7 +57,7 @@ def test_every_token_of_an_epoch_comes_once(make):
 def test_validation_is_the_held_out_tenth(make):
     module = make()
     module.setup("fit")
-    rows = torch.cat(list(module.val_dataloader()))
+    rows = torch.cat([batch.tokens for batch in module.val_dataloader()])
     tokens = rows[:, 1:][rows[:, 1:] != PADDING]
     text = (make().prepared.folder.parent.parent.parent / "my.txt").read_text()
     assert module.prepared.tokenizer.decode(tokens.tolist()) == text[int(len(text) * 0.9) + 1 :]

@@ -16,10 +16,10 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
+from elara.data.batches import Batch
 from elara.model import ElaraLM
 from elara.training import optimizers, schedules
 from elara.training.module import ElaraModule
@@ -35,15 +35,15 @@ OPTIMIZERS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Sequences(Dataset[Tensor]):
+class Sequences(Dataset[Batch]):
     """Batches of arithmetic, so that no random generator of some library version decides them."""
 
     def __len__(self) -> int:
         return STEPS
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Batch:
         row, place = torch.arange(4)[:, None], torch.arange(33)[None]
-        return (place * place * (row + 3) + 7 * place + 11 * index + 5 * row) % 53
+        return Batch((place * place * (row + 3) + 7 * place + 11 * index + 5 * row) % 53)
 
 
 class Tokenizer:
@@ -56,7 +56,7 @@ class Losses(lightning.Callback):
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.values.append(outputs["loss"].item())
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
+from elara.data.batches import Batch
 from elara.model import CLEAN, ElaraLM
 from elara.training import optimizers, schedules
 from elara.training.callbacks import Metrics
@@ -25,9 +25,9 @@ MASK = 60
 MICRO = 2
 
 
-class Tokens(Dataset[Tensor]):
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.randint(0, 50, (4, 33), generator=torch.Generator().manual_seed(index))
+class Tokens(Dataset[Batch]):
+    def __getitem__(self, index: int) -> Batch:
+        return Batch(torch.randint(0, 50, (4, 33), generator=torch.Generator().manual_seed(index)))
 
 
 class Endless:
@@ -99,7 +99,7 @@ def plain_loop(model: ElaraLM, module: ElaraModule) -> list[dict[str, float]]:
         for micro in range(MICRO):
             index = step * MICRO + micro
             generator = module._seeded("train", index)
-            losses = elara_loss(model, Tokens()[index], generator, MASK)
+            losses = elara_loss(model, Tokens()[index].tokens, generator, MASK)
             (losses.total / MICRO).backward()
             total, ar = total + losses.total.item() / MICRO, ar + losses.ar.item() / MICRO
             load += losses.routing.load[0, :, CLEAN]

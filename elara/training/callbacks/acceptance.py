@@ -7,6 +7,7 @@ from typing import Any
 from lightning import Callback, Trainer
 from torch import Tensor
 
+from elara.data.batches import Batch
 from elara.decoding import SamplingConfig, measure_acceptance, writable
 from elara.training.sharding import gathered
 
@@ -32,10 +33,10 @@ class Acceptance(Callback):
         self._batch: Tensor | None = None
 
     def on_validation_batch_start(
-        self, trainer: Trainer, module: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx == 0:
-            self._batch = batch[: self.prompts, : self.prompt_tokens]
+            self._batch = batch.tokens[: self.prompts, : self.prompt_tokens]
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         if module.model.config.tidar.block_length < 2 or self._batch is None:

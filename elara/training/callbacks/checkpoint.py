@@ -13,6 +13,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from elara import checkpoint
+from elara.data.batches import Batch
 from elara.errors import ElaraError
 from elara.runs import Run, step_of
 
@@ -40,7 +41,7 @@ class Checkpoint(Callback):
         self.parent = parent
         self.saved_step = -1
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not module.step_ends(batch_idx):
             return
         regular = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0

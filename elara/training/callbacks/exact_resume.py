@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning import Callback, Trainer
-from torch import Tensor
+
+from elara.data.batches import Batch
 
 
 class ExactResume(Callback):
@@ -35,13 +36,13 @@ class ExactResume(Callback):
         if trainer.global_rank < len(states):
             self._restore = states[trainer.global_rank]
 
-    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
         # not earlier: making the loaders' iterators draws from torch's generator
         if self._restore is not None:
             set_random_state(self._restore)
             self._restore = None
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if module.validates(batch_idx):
             self._before = random_state()
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Callback, Trainer
-from torch import Tensor
 
+from elara.data.batches import Batch
 from elara.errors import Interrupted
 from elara.launch import SIGNALS, global_rank
 from elara.training.callbacks.checkpoint import Checkpoint
@@ -47,7 +47,7 @@ class Interrupt(Callback):
         if global_rank() == 0:
             os.write(2, b"\nstopping behind this step (once more: at once)\n")  # print is not safe in a signal handler
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not module.step_ends(batch_idx) or not self._agreed(trainer):
             return
         saver = next((c for c in trainer.callbacks if isinstance(c, Checkpoint)), None)  # type: ignore[attr-defined]

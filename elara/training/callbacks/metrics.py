@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Callback, Trainer
-from torch import Tensor
 
+from elara.data.batches import Batch
 from elara.training.metrics import loss_figures, moe_figures
 from elara.training.module import ElaraModule, check_finite
 
@@ -19,7 +19,7 @@ class Metrics(Callback):
     Its state makes a resumed run log what the uninterrupted one would have logged.
     """
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not module.step_ends(batch_idx) or not module.logs:
             return
         figures = {f"train/{name}": value for name, value in module.train_means.read().items()}

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from elara.data.batches import Batch
 from elara.device import device_name
 from elara.errors import ElaraError
 from elara.training import profiling
@@ -44,7 +44,7 @@ class StepProfiler(Callback):
         self._ranges = ExitStack()
         self._done = False
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if self._done or not trainer.is_global_zero or not module.step_ends(batch_idx):
             return
         self._seen += 1

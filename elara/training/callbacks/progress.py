@@ -10,8 +10,8 @@ from lightning import Callback, Trainer
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from torch import Tensor
 
+from elara.data.batches import Batch
 from elara.report.measures import clock
 
 
@@ -39,7 +39,7 @@ class Progress(Callback):
             self._live = Live(Text(""), console=Console(), refresh_per_second=4, transient=True)
             self._live.start()
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not trainer.is_global_zero or not module.step_ends(batch_idx):
             return
         now = time.monotonic()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
-from torch import Tensor
 
+from elara.data.batches import Batch
 from elara.decoding import SamplingConfig, complete
 from elara.runs import Run
 from elara.training.loggers import Monitor
@@ -43,11 +43,11 @@ class Samples(Callback):
         self._validations = state["validations"]
 
     def on_validation_batch_start(
-        self, trainer: Trainer, module: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx == 0:
             length = min(HELD_OUT, module.model.config.model.context_length // 2)
-            self._first = [token for token in batch[0, :length].tolist() if token >= 0]
+            self._first = [token for token in batch.tokens[0, :length].tolist() if token >= 0]
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         self._validations += 1

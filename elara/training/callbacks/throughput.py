@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from torch import Tensor
 
 from elara.config import ElaraConfig
+from elara.data.batches import Batch
 from elara.model import ElaraLM
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name, from the makers' data sheets; first match wins
@@ -77,7 +77,7 @@ class Throughput(Callback):
         self._since: float | None = None
         self._pause = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
         if self._since is None:
             self._since = time.perf_counter()
 
@@ -88,8 +88,8 @@ class Throughput(Callback):
         if self._since is not None:
             self._since += time.perf_counter() - self._pause
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        self._tokens += batch[:, 1:].numel() * trainer.world_size
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self._tokens += batch.tokens[:, 1:].numel() * trainer.world_size
         if not module.step_ends(batch_idx):
             return
         self._steps += 1
@@ -100,7 +100,7 @@ class Throughput(Callback):
         rate = self._tokens / seconds
         figures = {"train/tokens_per_second": rate, "train/seconds_per_step": seconds / self._steps}
         if peak := peak_flops(module.device):
-            flops = flops_per_token(module.model, batch.shape[1] - 1)
+            flops = flops_per_token(module.model, batch.tokens.shape[1] - 1)
             figures["train/mfu"] = rate * flops / (peak * trainer.world_size)
         module.record(figures)
         self._tokens, self._steps, self._since = 0, 0, now
