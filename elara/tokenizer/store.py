@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elara.errors import ElaraError
+from elara.tokenizer import smollm2
 from elara.tokenizer.base import FORMAT_VERSION, META_FILE, Tokenizer
 from elara.tokenizer.byte import ByteTokenizer
 from elara.tokenizer.char import CharTokenizer
@@ -41,9 +42,11 @@ def build(config: TokenizerConfig, corpus: Callable[[], Iterable[str]], *, cache
         return GPT2Tokenizer.fetch(cache, config.url)
     if config.kind == "huggingface":
         return HuggingFaceTokenizer.open(config.path, config.end_token)
+    if config.kind == "smollm2":
+        return smollm2.fetch(cache, config.url)
     if config.kind == "saved":
         return load(_saved_folder(config))
-    raise ElaraError(f"tokenizer.kind={config.kind} is unknown: use {', '.join(_KINDS)} or saved")
+    raise _unknown(config.kind)
 
 
 def identity(config: TokenizerConfig) -> dict[str, Any]:
@@ -54,8 +57,10 @@ def identity(config: TokenizerConfig) -> dict[str, Any]:
     if config.kind == "saved":
         meta = _read_meta(_saved_folder(config))
         return {"kind": meta["kind"], "fingerprint": meta["fingerprint"]}
+    if config.kind == "smollm2":
+        return {"kind": config.kind, "sha256": smollm2.FILE_SHA256}
     if config.kind not in _KINDS:
-        raise ElaraError(f"tokenizer.kind={config.kind} is unknown: use {', '.join(_KINDS)} or saved")
+        raise _unknown(config.kind)
     return {"kind": config.kind}
 
 
@@ -85,6 +90,10 @@ def check_fingerprint(have: str, want: str, what: str = "the tokenizer") -> None
 def padded_vocab(size: int, multiple: int = 64) -> int:
     """Rows of an embedding for `size` ids: rounded up, so that matrix products stay aligned."""
     return -(-size // multiple) * multiple
+
+
+def _unknown(kind: str) -> ElaraError:
+    return ElaraError(f"tokenizer.kind={kind} is unknown: use {', '.join(_KINDS)}, smollm2 or saved")
 
 
 def _saved_folder(config: TokenizerConfig) -> Path:

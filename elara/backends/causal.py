@@ -1,0 +1,240 @@
+"""A causal language model of transformers in memory: token ids to text, log-probabilities and vectors.
+
+The loop is our own: rows of a batch each draw from their own seed, leave when they are done, and never meet the global
+random state; `generate` of transformers offers none of the three.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elara.backends.base import Answer, BackendError, Messages, Params, TokenChoice, TopLogprobs, top_k_logprobs
+from elara.backends.stopping import StopText
+from elara.decoding.config import SamplingConfig
+from elara.decoding.sampling import draw, probabilities
+from elara.tokenizer.huggingface import HuggingFaceTokenizer
+
+READ_AT_ONCE = 4096  # tokens per forward that no answer is drawn from: bounds the hidden states in memory
+HEAD_AT_ONCE = 512  # positions whose logits are in memory at the same time
+
+
+@dataclass
+class Writing:
+    """An answer while it grows. room: tokens that it may still get."""
+
+    key: int
+    room: int
+    generator: torch.Generator
+    stream: Any
+    stop: StopText
+    text: str = ""
+    finish: str = ""
+    tokens: list[TokenChoice] = field(default_factory=list)
+
+    def answer(self) -> Answer | BackendError:
+        """What was written; an error of kind `empty` when that is nothing."""
+        if not self.text.strip():
+            return BackendError("empty", "the model wrote nothing: raise max_new_tokens or ask otherwise")
+        while self.tokens and sum(len(token.text) for token in self.tokens[:-1]) >= len(self.text):
+            self.tokens.pop()  # of a stop text
+        return Answer(self.text, self.finish, tuple(self.tokens))
+
+
+class Causal:
+    """model, tokenizer: transformers' own. ours: the same tokenizer as Elara's students have it."""
+
+    def __init__(self, model: Any, tokenizer: Any, ours: HuggingFaceTokenizer, device: torch.device) -> None:
+        self.model, self.tokenizer, self.ours, self.device = model, tokenizer, ours, device
+        config = model.config.get_text_config()
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.vocab_size = int(config.vocab_size)
+        named = [getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id]
+        self._ends = {ours.end_id}
+        for ids in named:
+            self._ends |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        self._silent = self._ends | set(tokenizer.all_special_ids)
+        self._blank = [ours.end_id if ours.end_id < self.vocab_size else 0]  # stands for a text without tokens
+        self._anchor = ours.encode("a")[-1:]
+        self.text_of = lru_cache(1 << 16)(self._text_of)
+        self._lock = threading.RLock()  # of what is done to the model's own `forward` for a moment
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """The ids of a conversation by the chat template; without one, of its last text, to be continued.
+
+        Raises BackendError of kind `unfit` for what the template refuses and for what leaves no room in the context.
+        """
+        if not messages:
+            raise BackendError("unfit", "there is no message to answer")
+        if self.tokenizer.chat_template:
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+                )
+            except Exception as error:  # the template is a program of the model's authors, and raises what it likes
+                reason = " ".join(str(error).split())[:120]
+                raise BackendError("unfit", f"the model's chat template refuses the conversation: {reason}") from error
+        else:
+            ids = self.tokenizer(messages[-1]["content"])["input_ids"]
+        ids = list(ids) or self._blank
+        if self.context is not None and len(ids) >= self.context:
+            raise BackendError(
+                "unfit", f"the prompt has {len(ids)} tokens, the model's context holds {self.context}: shorten it"
+            )
+        return ids
+
+    def write(self, prompts: Sequence[list[int]], params: Params) -> Iterator[tuple[Writing, str]]:
+        """Answer all prompts together: (answer so far, its next piece), a finished answer's last with `finish` set."""
+        from transformers import DynamicCache
+
+        sampling = SamplingConfig(
+            max_new_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            top_k=params.top_k or None,
+            top_p=params.top_p,
+            seed=params.seed,
+        )
+        rows = [self._begin(key, len(prompt), params) for key, prompt in enumerate(prompts)]
+        tokens, mask = _left_padded(prompts)
+        tokens, mask = tokens.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        while True:
+            with torch.no_grad(), self._lock:
+                logits = self.model(
+                    input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                    use_cache=True, logits_to_keep=1,
+                ).logits[:, -1].float()  # fmt: skip
+                drawn = [self._draw(row, logits[i], sampling) for i, row in enumerate(rows)]
+            for i, (row, token) in enumerate(zip(rows, drawn, strict=True)):
+                yield row, self._extend(row, token, logits[i], params)
+            going = [i for i, row in enumerate(rows) if not row.finish]
+            if not going:
+                return
+            if len(going) < len(rows):
+                rows, keep = [rows[i] for i in going], torch.tensor(going, device=self.device)
+                cache.batch_select_indices(keep)
+                mask, positions = mask[keep], positions[keep]
+            tokens = torch.tensor([[drawn[i]] for i in going], device=self.device)
+            mask = F.pad(mask, (0, 1), value=1)
+            positions = positions[:, -1:] + 1
+
+    def _begin(self, key: int, length: int, params: Params) -> Writing:
+        room = params.max_new_tokens if self.context is None else min(params.max_new_tokens, self.context - length)
+        generator = torch.Generator().manual_seed(params.seed)
+        return Writing(key, room, generator, self.ours.stream_decoder(), StopText(params.stop))
+
+    def _draw(self, row: Writing, logits: Tensor, sampling: SamplingConfig) -> int:
+        if sampling.temperature == 0:
+            return int(logits.argmax())
+        uniform = torch.rand((), generator=row.generator).to(self.device)
+        return int(draw(probabilities(logits, sampling), uniform))
+
+    def _extend(self, row: Writing, token: int, logits: Tensor, params: Params) -> str:
+        """Add a token to a row; the text that became certain with it. logits: (vocab), what it was drawn from."""
+        row.room -= 1
+        piece = ""
+        if token in self._ends:
+            row.finish = "stop"
+        else:
+            if params.logprobs:
+                row.tokens.append(self._choice(token, logits, params.logprobs))
+            if token not in self._silent:
+                piece = row.stop.feed(row.stream.feed(token))
+            if row.stop.met:
+                row.finish = "stop"
+            elif row.room == 0:
+                row.finish = "length"
+        if row.finish and not row.stop.met:
+            tail = row.stream.flush().rstrip("\ufffd")  # a character that was cut off is left out
+            piece += row.stop.feed(tail) + row.stop.flush()
+        row.text += piece
+        return piece
+
+    def _choice(self, token: int, logits: Tensor, k: int) -> TokenChoice:
+        top = top_k_logprobs(logits, k)
+        chosen = float(logits[token] - torch.logsumexp(logits, -1))
+        alternatives = zip(top.ids.tolist(), top.logprobs.tolist(), strict=True)
+        return TokenChoice(self.text_of(token), chosen, tuple((self.text_of(i), value) for i, value in alternatives))
+
+    def _text_of(self, token: int) -> str:
+        """A token's text inside a text; U+FFFD where it is no whole character."""
+        known = self.tokenizer.decode(self._anchor)
+        return str(self.tokenizer.decode([*self._anchor, token])[len(known) :])
+
+    def top_logprobs(self, ids: Tensor, k: int) -> TopLogprobs:
+        """See Backend. Raises BackendError `refused` for ids outside the vocabulary and rows beyond the context."""
+        batch, seq = ids.shape
+        if int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
+            raise BackendError(
+                "refused", f"token id {int(ids.max())} is outside the teacher's vocabulary of {self.vocab_size}"
+            )
+        if self.context is not None and seq > self.context:
+            raise BackendError("refused", f"rows of {seq} tokens, the teacher's context holds {self.context}")
+        found = []
+        with torch.no_grad(), self._lock:
+            for part in ids.to(self.device).split(max(1, READ_AT_ONCE // seq)):
+                output = self.model.base_model(input_ids=part, use_cache=False)
+                hidden = output.last_hidden_state.flatten(0, 1)  # (batch * seq, n_embd)
+                for some in hidden.split(HEAD_AT_ONCE):
+                    found.append(top_k_logprobs(self._logits(output, some), k))  # noqa: PERF401 - logits must not live on
+        width = found[0].ids.shape[-1]
+        return TopLogprobs(
+            torch.cat([each.ids for each in found]).view(batch, seq, width).to(ids.device),
+            torch.cat([each.logprobs for each in found]).view(batch, seq, width).to(ids.device),
+        )
+
+    def _logits(self, output: Any, hidden: Tensor) -> Tensor:
+        """(positions, vocab) of hidden states (positions, n_embd) out of `output`.
+
+        By the whole model with its blocks stepped over: some models scale or cap what the head gives.
+        """
+        base = self.model.base_model
+        given = type(output)(**{**output, "last_hidden_state": hidden[None]})
+        base.forward = lambda *_, **__: given
+        try:
+            logits: Tensor = self.model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
+        finally:
+            del base.forward
+        return logits
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """The mean of the last hidden states over a text's tokens, at unit length."""
+        ids = [(self.ours.encode(text) or self._blank)[: self.context] for text in texts]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        vectors: list[Tensor] = [torch.empty(0)] * len(ids)
+        with torch.no_grad(), self._lock:
+            while order:
+                count = max(1, READ_AT_ONCE // len(ids[order[-1]]))
+                part, order = order[-count:], order[:-count]
+                tokens, mask = (x.to(self.device) for x in _left_padded([ids[i] for i in part]))
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                hidden = self.model.base_model(
+                    input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+                ).last_hidden_state.float()  # (texts, seq, n_embd)
+                mean = (hidden * mask[..., None]).sum(1)
+                for i, vector in zip(part, F.normalize(mean, dim=-1).cpu(), strict=True):
+                    vectors[i] = vector
+        return torch.stack(vectors).numpy() if vectors else np.zeros((0, self.width), np.float32)
+
+    @property
+    def width(self) -> int:
+        """Of hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+
+def _left_padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, int64 (rows, longest); padding is id 0, unseen."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return tokens, mask

@@ -1,0 +1,95 @@
+"""Where a model's files lie: a folder, or a snapshot of the hub that is fetched into its own cache."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from elara.backends.base import BackendError
+from elara.data.hashes import file_hash
+from elara.runs import project_root
+
+HUB_TIMEOUT = 10  # seconds until the hub counts as unreachable
+SMALL = (".json", ".jinja", ".model", ".txt")  # what a model needs beside its weights
+NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model on the hub
+
+
+def find_folder(model: str, revision: str | None, gguf_file: str | None) -> tuple[Path, str | None]:
+    """The folder with a model's files, and the commit if it comes from the hub.
+
+    Raises BackendError within seconds when there is no such folder and the hub cannot be reached or does not have it.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve(), None
+    if model.startswith(("/", ".", "~")) or not NAME.fullmatch(model):
+        raise BackendError("refused", f"there is no model folder {model}: check backend.model")
+    return _from_hub(model, revision, gguf_file)
+
+
+def _from_hub(model: str, revision: str | None, gguf_file: str | None) -> tuple[Path, str | None]:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    advice = "give backend.model=<a local folder>"
+    try:
+        info = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT)
+    except HfHubHTTPError as error:
+        raise BackendError(
+            "refused", f"the hub refuses {model} ({brief(error)}): check the name, or {advice}"
+        ) from error
+    except Exception as unreachable:
+        try:  # an earlier snapshot
+            folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        except Exception as error:
+            reason = f"there is no folder {model}, and the hub cannot be reached ({type(unreachable).__name__})"
+            raise BackendError("unreachable", f"{reason}: check the network, or {advice}") from error
+        return folder, folder.name
+    files = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
+    try:
+        folder = Path(snapshot_download(model, revision=info.sha, allow_patterns=_wanted(files, gguf_file)))
+    except Exception as error:
+        raise BackendError(
+            "unreachable", f"fetching {model} failed ({brief(error)}): run again, or {advice}"
+        ) from error
+    return folder, info.sha
+
+
+def _wanted(files: list[str], gguf_file: str | None) -> list[str]:
+    """The files of a repository that loading takes: weights in one format only."""
+    if gguf_file is not None:
+        return [gguf_file]
+    kept = [file for file in files if file.endswith(SMALL)]
+    for suffix in (".safetensors", ".bin"):
+        if weights := [file for file in files if file.endswith(suffix) and not file.startswith("consolidated")]:
+            return kept + weights
+    return kept
+
+
+def revision_of(folder: Path, gguf_file: str | None) -> str:
+    """Hex sha256 over everything in a model's folder that changes what it answers; of large files it is remembered."""
+    suffixes = (".gguf",) if gguf_file else (*SMALL, ".safetensors", ".bin")
+    files = [folder / gguf_file] if gguf_file else sorted(folder.iterdir())
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file() and file.name.endswith(suffixes):
+            digest.update(f"{file.name} {file_hash(file, project_root() / 'data')}\n".encode())
+    return digest.hexdigest()
+
+
+def brief(error: BaseException) -> str:
+    """An exception of somebody else's in at most one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def library() -> Any:
+    """The package transformers, told to keep quiet: what fails is raised as well."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise BackendError("refused", "this teacher needs an extra: pip install 'elara-hivemind[teachers]'") from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
