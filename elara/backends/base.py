@@ -22,9 +22,10 @@ Messages = Sequence[Mapping[str, str]]  # each with `role` (system, user, assist
 class BackendError(ElaraError):
     """A backend could not do what was asked, its own retries included.
 
-    kind: unreachable | timeout | rate_limited | refused | out_of_memory | unfit | empty | endless | not_text. `refused`
-    is the server's word on the request itself (no such model, bad key): asking again would not help. `unfit` is about
-    this conversation alone: too long for the context, or a role that the model's chat template lacks.
+    kind: unreachable | timeout | rate_limited | refused | out_of_memory | unfit | empty | endless | not_text | failed.
+    `refused` is the server's word on the request itself (no such model, bad key): asking again would not help. `unfit`
+    is about this conversation alone: too long for the context, or a role that the model's chat template lacks. `failed`
+    is the server's own trouble: an error in it, a connection that broke, an answer that is none.
     """
 
     def __init__(self, kind: str, message: str) -> None:

@@ -1,0 +1,222 @@
+"""Any server with OpenAI's API, through the official client: vLLM, llama.cpp, LM Studio, OpenAI itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from elara.backends.base import BackendError, Messages, Params, TokenChoice
+from elara.backends.retry import Attempt, Failure, Limits
+from elara.backends.server import Server, broken_off, not_understood, parsed, shown
+from elara.backends.writing import Piece
+from elara.errors import ElaraError
+
+if TYPE_CHECKING:
+    import openai
+
+NO_KEY = "EMPTY"  # what local servers take for a key
+STOPS = 4  # texts that the API takes; the rest are cut off here
+# Fields that a server may refuse without the answer meaning anything else; `top_k` is among them where it is 0.
+OPTIONAL = ("min_p", "top_k", "seed", "max_tokens")
+DESCRIBED = ("owned_by", "root", "max_model_len", "meta")  # of a model's entry; the rest changes from call to call
+
+
+class OpenAICompatible(Server):
+    """A model behind a server with OpenAI's API.
+
+    Args:
+        model: its name there; None = the only one that the server has.
+        base_url: of the API, as in http://127.0.0.1:8000/v1.
+        api_key_env: the environment variable that holds the key; without one, local servers are content.
+        extra: fields added to every request for an answer, as in {"chat_template_kwargs": {"enable_thinking": False}}.
+        concurrency, timeout, deadline, retries, retry_delay, max_characters, requests_per_minute: see `Limits`.
+    """
+
+    def __init__(
+        self, model: str | None, base_url: str, api_key_env: str = "OPENAI_API_KEY", *, concurrency: int = 4,
+        timeout: float = 60.0, deadline: float = 600.0, retries: int = 4, retry_delay: float = 0.5,
+        max_characters: int = 100_000, requests_per_minute: float | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        limits = Limits(timeout, deadline, retries, retry_delay, max_characters, requests_per_minute)
+        super().__init__(limits, concurrency)
+        self._parts = parsed(base_url, "backend.base_url", "http://host:port/v1")
+        self.model, self.base_url, self.api_key_env = model, base_url, api_key_env
+        self.extra = dict(extra or {})
+        self._without: set[str] = set()  # optional fields that the server refused
+        self._client: openai.OpenAI | None = None
+
+    def identity(self) -> dict[str, Any]:
+        self._prepare()
+        found: dict[str, Any] = {
+            "kind": "openai_compatible", "base_url": shown(self._parts), "model": self.model, "revision": None,
+            "extra": self.extra,
+        }  # fmt: skip
+        try:
+            entry = next((entry for entry in self._models() if entry.get("id") == self.model), {})
+        except BackendError as error:
+            if error.kind not in ("refused", "failed", "unfit"):
+                raise
+            entry = {}  # not every gateway lists its models
+        return found | {"server": {key: entry[key] for key in DESCRIBED if entry.get(key) is not None}}
+
+    def close(self) -> None:
+        with self._opening:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+
+    def _whom(self) -> str:
+        return f"{self.model or 'the model'} at {shown(self._parts)}"
+
+    def _about_keys(self) -> str:
+        return f"put a key that is good there into the environment variable {self.api_key_env}"
+
+    def _about_models(self) -> str:
+        return "see which models it has (GET /models), and whether base_url ends as it should, mostly in /v1"
+
+    def _open(self) -> openai.OpenAI:
+        with self._opening:
+            if self._client is None:
+                try:
+                    from openai import DefaultHttpxClient, OpenAI
+                except ImportError as error:
+                    advice = "pip install 'elara-hivemind[teachers]'"
+                    raise ElaraError(f"the backend openai_compatible needs the package openai: {advice}") from error
+                key = os.environ.get(self.api_key_env, "").strip() or NO_KEY
+                if not (key.isascii() and key.isprintable()) or " " in key:
+                    raise BackendError(
+                        "refused", f"the key in {self.api_key_env} has signs that no key has: set it anew"
+                    )
+                self._secrets = {part for part in (key, self._parts.password) if part and part != NO_KEY}
+                client = DefaultHttpxClient(event_hooks=self._watch.hooks)
+                self._client = OpenAI(api_key=key, base_url=self.base_url, max_retries=0, http_client=client)
+            return self._client
+
+    def _prepare(self) -> None:
+        self._open()
+        with self._lock:
+            if self.model is None:
+                names = sorted(str(entry.get("id")) for entry in self._models())
+                if len(names) != 1:
+                    listed = ", ".join(names) or "none"
+                    raise BackendError(
+                        "refused", f"{self._whom()} is one of several or missing ({listed}): name it in `model`"
+                    )
+                self.model = names[0]
+
+    def _models(self) -> list[dict[str, Any]]:
+        def ask(attempt: Attempt) -> list[dict[str, Any]]:
+            self._watch.begin(attempt)
+            return [entry.to_dict(mode="json") for entry in self._open().models.list().data]
+
+        return self._call(ask)
+
+    def _pieces(self, messages: Messages, params: Params) -> Generator[Piece, None, None]:
+        stream = self._start(messages, params)
+        try:
+            for chunk in stream:
+                if chunk.choices:
+                    yield _piece(chunk.choices[0])
+        finally:
+            stream.close()
+
+    def _start(self, messages: Messages, params: Params) -> openai.Stream[Any]:
+        from openai import BadRequestError, UnprocessableEntityError
+
+        fields = self._fields(messages, params)
+        while True:
+            try:
+                asked: Any = [dict(message) for message in messages]
+                return self._open().chat.completions.create(
+                    model=self.model or "", messages=asked, stream=True, extra_body=fields
+                )
+            except (BadRequestError, UnprocessableEntityError) as error:
+                said = str(error.body or error.message)
+                refused = next((name for name in OPTIONAL if name in fields and name in said), None)
+                if refused is None or (refused == "top_k" and params.top_k):
+                    raise
+                self._without.add(refused)
+                fields = self._fields(messages, params)
+
+    def _fields(self, messages: Messages, params: Params) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "max_tokens": params.max_new_tokens, "temperature": params.temperature, "seed": params.seed,
+        }  # fmt: skip
+        if params.temperature > 0:  # servers of open models cut the distribution unless they are told not to
+            fields |= {"top_p": params.top_p, "top_k": params.top_k, "min_p": 0.0}
+        if params.stop:
+            fields["stop"] = list(params.stop[:STOPS])
+        if params.logprobs:
+            fields |= {"logprobs": True, "top_logprobs": params.logprobs}
+        kept = {name: value for name, value in fields.items() if name not in self._without}
+        if "max_tokens" in self._without:
+            kept["max_completion_tokens"] = params.max_new_tokens
+        return kept | self.extra
+
+    def _vectors(self, texts: Sequence[str]) -> list[list[float]]:
+        answer = self._open().embeddings.create(model=self.model or "", input=list(texts), encoding_format="float")
+        return [entry.embedding for entry in sorted(answer.data, key=lambda entry: entry.index)]
+
+    def _failure(self, error: Exception, attempt: Attempt) -> Failure:
+        import openai
+
+        cause = error.__cause__
+        name = type(cause).__name__  # of httpx or httpx2, as the client's version has it
+        if name in ("ConnectError", "ConnectTimeout"):
+            why = self._quoted(str(cause)) or "no answer"
+            return Failure(
+                "unreachable", f"cannot be reached ({why})", "start the server, or correct base_url", again=True
+            )
+        if isinstance(error, openai.APITimeoutError):
+            why = f"sent nothing for {attempt.timeout:g} seconds"
+            return Failure("timeout", why, "raise `timeout`, or ask for less at once", again=True)
+        if isinstance(error, openai.APIStatusError):
+            return self._refusal(error.status_code, _said(error), attempt, field=_field(error))
+        if isinstance(error, openai.APIConnectionError):
+            return broken_off()
+        if isinstance(error, openai.APIError):  # in the middle of a stream
+            return self._refusal(_code(error) or 500, _said(error), attempt)
+        if isinstance(error, UnicodeDecodeError):
+            return Failure("not_text", "sent bytes that are not UTF-8", "look at what answers there")
+        if isinstance(error, (ValueError, TypeError, AttributeError, LookupError, RecursionError)):
+            return not_understood("OpenAI's API")
+        raise error
+
+
+def _piece(choice: Any) -> Piece:
+    delta = choice.delta
+    extra = delta.model_extra or {}
+    thought = extra.get("reasoning_content") or extra.get("reasoning") or ""
+    logprobs = choice.logprobs.content if choice.logprobs is not None else None
+    finish = choice.finish_reason
+    if finish == "content_filter":
+        raise Failure("unfit", "held the answer back (content_filter)", "ask in other words")
+    return Piece(
+        delta.content or "", len(thought), tuple(_token(token) for token in logprobs or ()),
+        None if finish is None else "length" if finish == "length" else "stop",
+    )  # fmt: skip
+
+
+def _token(token: Any) -> tuple[TokenChoice, bytes]:
+    top = tuple((str(other.token), float(other.logprob)) for other in token.top_logprobs or ())
+    raw = bytes(token.bytes) if token.bytes is not None else token.token.encode()
+    return TokenChoice(token.token, float(token.logprob), top), raw
+
+
+def _said(error: openai.APIError) -> str:
+    """The server's own words; the code with them, which says more than the number of the status."""
+    body = error.body
+    if isinstance(body, dict):
+        message = body.get("message") or body.get("detail") or body
+        return f"{message} {error.code}" if error.code and not error.code.isdigit() else str(message)
+    return str(body) if body else error.message
+
+
+def _field(error: openai.APIStatusError) -> str | None:
+    return error.param if error.param and not error.param.startswith(("messages", "prompt", "input")) else None
+
+
+def _code(error: openai.APIError) -> int | None:
+    return int(error.code) if error.code and error.code.isdigit() else None
