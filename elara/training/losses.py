@@ -1,9 +1,13 @@
-"""The training objective: next-token cross entropy, plus a weighted diffusion loss on the mask section."""
+"""The training objective: next-token cross entropy, plus a weighted diffusion loss on the mask section; teachers' words.
+
+With teachers every head's loss becomes (1 - weight) * cross entropy + weight * temperature^2 * divergence from them
+(Hinton et al., arXiv 1503.02531, section 2).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,83 +17,147 @@ from torch import Tensor
 from elara.device import to_device
 from elara.model import ElaraLM, RoutingStats, draw_section
 from elara.model.linear import linear
+from elara.training.divergence import coarse_logprobs, divergence
 
 Average = Callable[[Tensor], Tensor]
+Parts = tuple[Tensor, Tensor]  # what is to be minimised, and the figures it is made of
 
 IGNORE = -100  # target that no loss counts
 ROWS = 256  # rows of logits alive at once for a large vocabulary: 256 x 50304 floats are 51 MB, not 400
 
 
 @dataclass
+class Opinion:
+    """What a teacher says behind every token: the likeliest next tokens, and how likely all others are together.
+
+    ids: (batch, seq, k); logprobs: (batch, seq, k + 1), the rest last, at the temperature of the `Lesson`.
+    share: (batch), its part in the teachers' loss of each row; the shares of all teachers add up to 1.
+    """
+
+    teacher: str
+    ids: Tensor
+    logprobs: Tensor
+    share: Tensor
+
+    def at(self, places: Tensor) -> Opinion:
+        """Behind the tokens at `places` (n) of every row only."""
+        return Opinion(self.teacher, self.ids[:, places], self.logprobs[:, places], self.share)
+
+
+@dataclass
+class Lesson:
+    """How teachers are listened to. kind: one of `divergence.KINDS`; weight: 0 = not at all, 1 = to nothing else."""
+
+    opinions: Sequence[Opinion]
+    kind: str = "forward_kl"
+    temperature: float = 1.0
+    weight: float = 0.5
+    diffusion: bool = True  # the diffusion head learns from them too
+
+
+@dataclass
 class Losses:
-    """total = ar + loss_weight * diffusion + penalty; scalars in nats per token. diffusion is None without TiDAR."""
+    """total = ar + loss_weight * diffusion + penalty, where teachers have no say; scalars in nats per token.
+
+    ar, diffusion: cross entropies; diffusion is None without TiDAR. teachers: divergence by teacher, and of the
+    diffusion head by teacher + "_diffusion".
+    """
 
     total: Tensor
     ar: Tensor
     diffusion: Tensor | None
     penalty: Tensor
     routing: RoutingStats
+    teachers: dict[str, Tensor] = field(default_factory=dict)
 
 
-def cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, weights: Tensor | None = None, over_ranks: Average | None = None
-) -> Tensor:
-    """Mean cross entropy of `hidden @ weight.T` in nats, without keeping the logits of a large vocabulary.
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    over_ranks: Average | None = None,
+    lesson: Lesson | None = None,
+) -> Parts:
+    """What a head is to minimise, and its figures: mean cross entropy, then each teacher's mean divergence, in nats.
 
-    hidden: (rows, n_embd); weight: (vocab, n_embd); targets: (rows) ids, IGNORE is left out of the mean;
-    weights: (rows) factors on each row's loss, which do not change what the mean divides by. over_ranks: averages the
-    number of targets over ranks, so that the mean of their losses is the mean over all targets of all of them.
+    hidden: (batch, seq, n_embd); weight: (vocab, n_embd); targets: (batch, seq) ids, IGNORE is left out of the mean;
+    weights: (batch, seq) factors on each place's loss, which do not change what the mean divides by. over_ranks:
+    averages the number of targets over ranks, so that the mean of their losses is the mean over all targets of all of
+    them. The logits of a large vocabulary are made and let go `ROWS` at a time.
     """
     count = (targets != IGNORE).sum()
     count = (count if over_ranks is None else over_ranks(count.float())).clamp(min=1)
+    scale = (targets != IGNORE) / count  # (batch, seq)
+    scale = (scale if weights is None else scale * weights).flatten()
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    opinions = [] if lesson is None else [_rows(opinion, scale) for opinion in lesson.opinions]
+
+    def parts(logits: Tensor, rows: slice) -> Parts:
+        surprise = F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="none")
+        total = ce = (surprise * scale[rows]).sum()
+        figures = [ce.detach()]
+        if lesson is not None:
+            total = (1 - lesson.weight) * ce
+            for ids, logprobs, share in opinions:
+                student = coarse_logprobs(logits / lesson.temperature, ids[rows])
+                value = (divergence(student, logprobs[rows], lesson.kind) * share[rows]).sum()
+                total = total + lesson.weight * lesson.temperature**2 * value
+                figures.append(value.detach())
+        return total, torch.stack(figures)
+
     if len(weight) <= 4096 or len(hidden) <= ROWS:
-        loss = F.cross_entropy(linear(hidden, weight).float(), targets, ignore_index=IGNORE, reduction="none")
-        loss = loss if weights is None else loss * weights
-        return loss.sum() / count
-    scale = (targets != IGNORE).float() if weights is None else weights * (targets != IGNORE)
-    scale = scale / count
+        return parts(linear(hidden, weight).float(), slice(None))
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale)
-    return total
+    found: Parts = _Chunked.apply(hidden, weight, parts)
+    return found
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum(scale * cross entropy), ROWS rows at a time; gradients are made in the forward pass, as the logits die."""
+def _rows(opinion: Opinion, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An opinion with batch and places in one dimension, its share of each place's loss last."""
+    seq = opinion.ids.shape[1]
+    return opinion.ids.flatten(0, 1), opinion.logprobs.flatten(0, 1), opinion.share.repeat_interleave(seq) * scale
+
+
+class _Chunked(torch.autograd.Function):
+    """Sums `parts` over all rows, ROWS of them at a time; gradients are made in the forward pass, as the logits die."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, parts: Callable[[Tensor, slice], Parts]) -> Parts:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        totals, figures = [], []
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, start + ROWS)
-            target = targets[rows].clamp(min=0)
-            logits = linear(hidden[rows], weight).float()  # (ROWS, vocab)
-            norm = logits.logsumexp(1)
-            total += ((norm - logits.gather(1, target[:, None])[:, 0]) * scale[rows]).sum()
+            logits = linear(hidden[rows], weight).float().requires_grad_(need_hidden or need_weight)  # (ROWS, vocab)
+            with torch.set_grad_enabled(need_hidden or need_weight):
+                total, some = parts(logits, rows)
+            totals.append(total.detach())
+            figures.append(some)
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = logits.sub_(norm[:, None]).exp_()
-            grad.scatter_add_(1, target[:, None], -torch.ones_like(norm)[:, None])
-            grad = (grad * scale[rows, None]).to(hidden.dtype)
+            (grad,) = torch.autograd.grad(total, logits)
+            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        return total
+        sums = torch.stack(figures).sum(0)
+        ctx.mark_non_differentiable(sums)
+        return torch.stack(totals).sum(), sums
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
-            None,
             None,
         )
 
@@ -105,38 +173,43 @@ def elara_loss(
     place: tuple[int, int] = (0, 1),
     over_ranks: Average | None = None,
     weights: Tensor | None = None,
+    lesson: Lesson | None = None,
 ) -> Losses:
     """The loss of one batch.
 
     tokens: (batch, seq + 1) ids; the first seq are read, the last seq predicted; `pad_id` marks padding, which is read
     as token 0 and never a target. weights: (batch, seq + 1), what every token counts as a target; those of 0 are read
-    only and not part of the mean. generator: on the CPU, draws the supervised blocks and hidden tokens. place: (rank,
-    ranks) where `tokens` are one rank's rows of a global batch; over_ranks as in `cross_entropy`.
+    only and not part of the mean. lesson: what teachers say of them. generator: on the CPU, draws the supervised blocks and hidden tokens. place: (rank,
+    ranks) where `tokens` are one rank's rows of a global batch; over_ranks as in `head_loss`.
     """
     config = model.config.tidar
     pad = tokens == pad_id
     known = tokens.masked_fill(pad if weights is None else pad | (weights == 0), IGNORE)
-    ar_targets, ar_weights = known[:, 1:], None if weights is None else weights[:, 1:].flatten()
     inputs = tokens.masked_fill(pad, 0)[:, :-1]
     section = supervision = None
     if config.block_length:
         section, supervision = draw_section(inputs, config, mask_id, generator, place)
     output = model(inputs, section=section, depth=depth)
-    ar = cross_entropy(
-        output.hidden.flatten(0, 1), model.embed.weight, ar_targets.flatten(), weights=ar_weights, over_ranks=over_ranks
-    )
-    total, diffusion = ar + output.routing.penalty, None
+    total, (ar, *heard) = head_loss(
+        output.hidden, model.embed.weight, known[:, 1:],
+        weights=None if weights is None else weights[:, 1:], over_ranks=over_ranks, lesson=lesson,
+    )  # fmt: skip
+    names = [] if lesson is None else [opinion.teacher for opinion in lesson.opinions]
+    teachers = dict(zip(names, heard, strict=True))
+    total, diffusion = total + output.routing.penalty, None
     if section is not None and supervision is not None:
         places = to_device(section.positions()[0], inputs.device)
-        targets = known[:, places]
         factors = None if weights is None else weights[:, places]
         if supervision.weights is not None:
             factors = supervision.weights if factors is None else supervision.weights * factors
+        if lesson is not None:  # what they say about the token at a place stands behind the one before it
+            heeded = [opinion.at(places - 1) for opinion in lesson.opinions] if lesson.diffusion else []
+            lesson = replace(lesson, opinions=heeded) if heeded else None
         assert output.mask_hidden is not None
-        mask_hidden = model.chained(output.mask_hidden, inputs[:, places - 1]).flatten(0, 1)
-        diffusion = cross_entropy(
-            mask_hidden, model.diffusion_weight, targets.flatten(),
-            weights=None if factors is None else factors.flatten(), over_ranks=over_ranks,
-        )  # fmt: skip
-        total = total + config.loss_weight * diffusion
-    return Losses(total, ar, diffusion, output.routing.penalty, output.routing)
+        mask_hidden = model.chained(output.mask_hidden, inputs[:, places - 1])
+        to_minimise, (diffusion, *heard) = head_loss(
+            mask_hidden, model.diffusion_weight, known[:, places], weights=factors, over_ranks=over_ranks, lesson=lesson
+        )
+        teachers |= {f"{name}_diffusion": value for name, value in zip(names, heard, strict=False)}
+        total = total + config.loss_weight * to_minimise
+    return Losses(total, ar, diffusion, output.routing.penalty, output.routing, teachers)

@@ -1,0 +1,70 @@
+"""How far a student is from a teacher of whom only the k likeliest tokens are known, and the mass of all others.
+
+Both distributions are seen through the same partition of the vocabulary, the teacher's k tokens one by one and the
+rest as one, so every divergence here is exact for that partition and, by the data processing inequality, a lower
+bound of the one over the whole vocabulary; with k = vocabulary they are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = ("forward_kl", "reverse_kl", "jensen_shannon")
+LOWEST = -50.0  # log-probabilities below count as this: 2e-22, and no infinity in a difference
+
+
+def coarse_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities of the tokens `ids` and, last, of all others together.
+
+    logits: (rows, vocab) float32; ids: (rows, k). Returns (rows, k + 1).
+    """
+    value: Tensor = _Coarse.apply(logits, ids)
+    return value
+
+
+class _Coarse(torch.autograd.Function):
+    """Keeps one matrix of the logits' size for its backward pass, where autograd's own graph would keep four.
+
+    With q = softmax(logits), S = the mass of the rest and a_i, b = the gradients of log q_i and log S,
+    the gradient is a_j - (sum a + b) q_j for a token of `ids` and (b / S - (sum a + b)) q_j for any other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        norm = logits.logsumexp(1, keepdim=True)
+        rest = (logits - norm).exp_().scatter_(1, ids, 0.0)  # (rows, vocab)
+        mass = rest.sum(1, keepdim=True)
+        top = logits.gather(1, ids) - norm
+        ctx.save_for_backward(rest, mass, top, ids)
+        return torch.cat([top, mass.log()], 1).clamp(min=LOWEST)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rest, mass, top, ids = ctx.saved_tensors
+        total = grad.sum(1, keepdim=True)
+        of_rest = grad[:, -1:] / mass.clamp(min=math.exp(LOWEST)) - total
+        return (rest * of_rest).scatter_(1, ids, grad[:, :-1] - total * top.exp()), None
+
+
+def divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """Divergence of each row in nats; student, teacher: (rows, outcomes) log-probabilities that sum to 1.
+
+    kind: forward_kl = KL(teacher || student), covers all that the teacher says; reverse_kl = KL(student || teacher),
+    says nothing that the teacher would not (MiniLLM, arXiv 2306.08543); jensen_shannon, between them (GKD,
+    arXiv 2306.13649, eq. 1 with beta 0.5).
+    """
+    teacher = teacher.clamp(min=LOWEST)
+    if kind == "forward_kl":
+        return _kl(teacher, student)
+    if kind == "reverse_kl":
+        return _kl(student, teacher)
+    middle = torch.logaddexp(student, teacher) - math.log(2)
+    return (_kl(teacher, middle) + _kl(student, middle)) / 2
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum(1)
