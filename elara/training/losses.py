@@ -1,4 +1,4 @@
-"""The training objective: next-token cross entropy, plus a weighted diffusion loss on the mask section; teachers' words.
+"""The training objective: next-token cross entropy, plus a weighted diffusion loss on the mask section.
 
 With teachers every head's loss becomes (1 - weight) * cross entropy + weight * temperature^2 * divergence from them
 (Hinton et al., arXiv 1503.02531, section 2).
@@ -179,8 +179,9 @@ def elara_loss(
 
     tokens: (batch, seq + 1) ids; the first seq are read, the last seq predicted; `pad_id` marks padding, which is read
     as token 0 and never a target. weights: (batch, seq + 1), what every token counts as a target; those of 0 are read
-    only and not part of the mean. lesson: what teachers say of them. generator: on the CPU, draws the supervised blocks and hidden tokens. place: (rank,
-    ranks) where `tokens` are one rank's rows of a global batch; over_ranks as in `head_loss`.
+    only and not part of the mean. lesson: what teachers say of them. generator: on the CPU, draws the supervised blocks
+    and hidden tokens. place: (rank, ranks) where `tokens` are one rank's rows of a global batch; over_ranks as in
+    `head_loss`.
     """
     config = model.config.tidar
     pad = tokens == pad_id

@@ -143,7 +143,8 @@ def test_document_windows_against_a_loop(lengths, seq):
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 20))
 def test_packed_windows_against_a_loop(lengths, seq):
     ends = np.cumsum(lengths)
-    expected, room = [], 0
+    expected: list[tuple[int, int]] = []
+    room = 0
     for end, length in zip(ends.tolist(), lengths, strict=True):
         if length <= room:  # joins the window that is open
             start, filled = expected.pop()
