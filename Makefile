@@ -10,7 +10,7 @@ DEV := .venv/.dev
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sweep search report sample verify evaluate export bench test test-all counterparts lint clean distclean force
+.PHONY: help setup data train sweep search report sample verify evaluate export collect bench test test-all counterparts lint clean distclean force
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -50,6 +50,9 @@ evaluate: $(CORE) ## measure how good the newest trained model is, or those of A
 
 export: $(DEV) ## write the newest trained model as a file for llama.cpp: ARGS="quantize=Q4_K_M"
 	@$(PY) -m elara.export $(ARGS)
+
+collect: $(DEV) ## ask teachers and keep what they answer: ARGS="prompts.path=questions.txt teacher=[smollm2]"
+	@$(PY) -m elara.collect $(ARGS)
 
 bench: $(CORE) ## measure the promised speed ratios, each beside its reference
 	@$(PY) -m elara.bench $(ARGS)

@@ -1,0 +1,167 @@
+"""What is asked: conversations without their last answer, lines of a file, or passages of a corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from elara.collect.config import PromptsConfig
+from elara.data import DataConfig
+from elara.data.samples import SUFFIXES, Message, Sample, read_samples
+from elara.data.sources import open_source
+from elara.errors import ElaraError
+
+CONTINUE = "Continue this text:\n\n{passage}"  # the template of passages where none is given
+READ = 200_000  # passages that a draw looks at, at most: a corpus may be larger than anyone wants to read
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation whose next message is asked for. id: hash of its messages, the same in every run."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def of(cls, messages: Iterable[Message]) -> Prompt:
+        own = tuple({"role": m["role"], "content": m["content"]} for m in messages)
+        return cls(digest([[m["role"], m["content"]] for m in own]), own)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """prompts: each once, in the order in which they are asked. found: how many different ones there were to choose
+    from. repeated, unanswerable: samples left out, because they ask what another one asks, or ask nothing."""
+
+    prompts: list[Prompt]
+    found: int
+    repeated: int
+    unanswerable: int
+
+
+def digest(value: object) -> str:
+    """A short hash of JSON values."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def read_prompts(wanted: PromptsConfig, data: DataConfig | None, root: Path) -> Prompts:
+    """The prompts of a file, a folder or, with `data`, a corpus's training part.
+
+    root: folder of downloads and prepared data. A larger `limit` with the same seed asks what the smaller one asked,
+    and more. Raises ElaraError when there is nothing to ask, or both a path and data are given.
+    """
+    if (wanted.path is None) == (data is None):
+        raise ElaraError("prompts come from one place: give prompts.path=<samples or a text file> or data=<a data set>")
+    if data is not None:
+        texts = passages(data, root, wanted.passage)
+        rows: Iterator[Prompt | None] = (_text(t, wanted, CONTINUE) for t in islice(texts, _most(wanted.limit)))
+    else:
+        rows = _from_path(wanted)
+    seen: set[str] = set()
+    unanswerable = repeated = 0
+
+    def distinct() -> Iterator[Prompt]:
+        nonlocal unanswerable, repeated
+        for prompt in rows:
+            if prompt is None:
+                unanswerable += 1
+            elif prompt.id in seen:
+                repeated += 1
+            else:
+                seen.add(prompt.id)
+                yield prompt
+
+    if wanted.seed is None:
+        every = distinct()
+        chosen = list(every if wanted.limit is None else islice(every, wanted.limit))
+    elif wanted.limit is None:
+        chosen = sorted(distinct(), key=lambda prompt: _rank(prompt, wanted.seed))
+    else:
+        chosen = heapq.nsmallest(wanted.limit, distinct(), key=lambda prompt: _rank(prompt, wanted.seed))
+    if not chosen:
+        where = wanted.path if data is None else f"data={data.name}"
+        raise ElaraError(f"{where} holds nothing to ask: texts, or messages that end with a question, are needed")
+    return Prompts(chosen, len(seen), repeated, unanswerable)
+
+
+def question(sample: Sample) -> tuple[Message, ...] | None:
+    """The messages before the last answer; None when no one is asked anything there."""
+    messages = sample.messages or ()
+    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    asked = messages[: ends[-1]] if ends else messages
+    return asked if asked and asked[-1]["role"] in ("user", "tool") else None
+
+
+def passages(data: DataConfig, root: Path, length: int) -> Iterator[str]:
+    """The training documents of a corpus in pieces of at most `length` characters that end with a word where one ends
+    in their last quarter. The rest of a document is left out when it is shorter than a quarter."""
+    for document in open_source(data, root).documents("train"):
+        kept = ""
+        for piece in document:
+            kept += piece
+            start = 0
+            while len(kept) - start > length:
+                end = start + length
+                ends = [match.start() for match in re.finditer(r"\s", kept[end - length // 4 : end + 1])]
+                stop = end - length // 4 + ends[-1] if ends else end
+                if passage := kept[start:stop].strip():
+                    yield passage
+                start = stop
+            kept = kept[start:]
+        if len(passage := kept.strip()) >= length // 4:
+            yield passage
+
+
+def _from_path(wanted: PromptsConfig) -> Iterator[Prompt | None]:
+    assert wanted.path is not None
+    path = Path(wanted.path).expanduser()
+    if path.is_dir() or path.suffix in SUFFIXES or not path.is_file():
+        for sample in read_samples(path):
+            if sample.text is not None:
+                yield _text(sample.text, wanted, "{passage}")
+            else:
+                messages = question(sample)
+                yield None if messages is None else _prompt(messages, wanted.system)
+        return
+    for text in _pieces(path, wanted.split):
+        yield _text(text, wanted, "{passage}")
+
+
+def _pieces(file: Path, split: str) -> Iterator[str]:
+    """The lines, paragraphs (parted by empty lines) or the whole of a text file; empty ones are skipped."""
+    try:
+        text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ElaraError(f"{file} is not UTF-8 text (near byte {error.start}): convert it to UTF-8 first") from error
+    except OSError as error:
+        raise ElaraError(f"cannot read {file}: {error.strerror or error}") from error
+    pieces = {"line": text.split("\n"), "paragraph": re.split(r"\n\s*\n", text), "file": [text]}[split]
+    yield from (piece.strip() for piece in pieces if piece.strip())
+
+
+def _text(text: str, wanted: PromptsConfig, template: str) -> Prompt | None:
+    if not text.strip():
+        return None
+    content = (wanted.template or template).replace("{passage}", text)
+    return _prompt(({"role": "user", "content": content},), wanted.system)
+
+
+def _prompt(messages: tuple[Message, ...], system: str | None) -> Prompt:
+    if system is not None and all(message["role"] != "system" for message in messages):
+        messages = ({"role": "system", "content": system}, *messages)
+    return Prompt.of(messages)
+
+
+def _rank(prompt: Prompt, seed: int | None) -> str:
+    return digest([seed, prompt.id])
+
+
+def _most(limit: int | None) -> int | None:
+    return None if limit is None else max(READ, 16 * limit)

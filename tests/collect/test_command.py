@@ -1,0 +1,237 @@
+"""`python -m elara.collect` from prompts to kept answers, with real servers."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+
+import pytest
+
+
+def test_every_prompt_is_answered_once_with_all_that_is_known_about_it(collector, oracle):
+    server = oracle()
+    prompts = collector.ask(["one?", "two?", "one?", "  ", "three?"])
+    sampling = ["sampling.logprobs=2", "sampling.temperature=0"]
+    code, out, err = collector(prompts, collector.teachers(oracle=server), *sampling)
+    assert (code, err) == (0, "")
+    rows = collector.rows()
+    assert sorted(row["messages"][0]["content"] for row in rows) == ["one?", "three?", "two?"]
+    for row in rows:
+        question, answer = row["messages"]
+        about = row["provenance"]
+        assert answer == {"role": "assistant", "content": f"The answer to {question['content']}"}
+        assert row["source"] == "teacher"
+        assert about["teacher"] == "oracle"
+        assert about["identity"]["model"] == "oracle"
+        assert about["finish"] == "stop"
+        assert about["params"]["temperature"] == 0
+        assert about["sha256"] == hashlib.sha256(answer["content"].encode()).hexdigest()
+        assert "".join(text for text, _, _ in about["logprobs"]) == answer["content"]
+        assert about["logprobs"][0][1:] == [-0.5, [["?", -3.0], ["?", -3.0]]]
+    assert "3, 1 repeated, each to oracle" in out
+    assert "oracle: 3 answered" in out
+    assert "data=chat data.path=" in out
+    assert collector.rows("kept.jsonl") == rows
+
+
+def test_a_second_run_asks_only_what_is_new(collector, oracle):
+    server = oracle()
+    collector(collector.ask(["one?", "two?"]), collector.teachers(oracle=server))
+    code, out, _ = collector(collector.ask(["one?", "two?", "three?"]), collector.teachers(oracle=server))
+    assert code == 0
+    assert server.asked == {"one?": 1, "two?": 1, "three?": 1}
+    assert "1 answered, 2 were there" in out
+    code, out, _ = collector(collector.ask(["one?"]), collector.teachers(oracle=server), "sampling.seed=1")
+    assert server.asked["one?"] == 2, "other sampling is another answer"
+    assert len(collector.rows()) == 4
+    code, out, _ = collector(collector.teachers(oracle=server), "prompts.path=prompts.txt", "name=other")
+    assert server.asked["one?"] == 3, "another store knows nothing of it"
+
+
+def test_teachers_work_side_by_side_and_their_disagreement_is_kept(collector, oracle):
+    prompts = [f"question {i}?" for i in range(8)]
+    agree, differ = oracle(lambda q: f"It is {q}", 0.2), oracle(lambda q: "XYZ" if "3" in q else f"It is {q}", 0.2)
+    began = time.monotonic()
+    code, out, _ = collector(
+        collector.ask(prompts), collector.teachers(a=agree, b=differ, settings={"concurrency": 2})
+    )
+    assert code == 0
+    assert time.monotonic() - began < 0.2 * 4 * 2, "one after the other they would need this long"
+    assert len(collector.rows()) == 16
+    rows = {row["prompt"]: row for row in collector.rows("disagreement.jsonl")}
+    assert len(rows) == 8
+    assert sorted(row["disagreement"] for row in rows.values()) == [0] * 7 + [1]
+    assert all(row["pairs"][0]["teachers"] == ["a", "b"] for row in rows.values())
+    assert "a and b: 0.12 over 8 prompts" in out
+
+
+def test_share_asks_one_teacher_per_prompt_by_weight(collector, oracle):
+    heavy, light = oracle(), oracle()
+    prompts = [f"{i}?" for i in range(100)]
+    code, _, _ = collector(
+        collector.ask(prompts), collector.teachers({"heavy": 3}, heavy=heavy, light=light), "ask=share",
+    )  # fmt: skip
+    assert code == 0
+    assert heavy.asked.total() + light.asked.total() == 100
+    assert heavy.asked.keys().isdisjoint(light.asked)
+    assert 60 <= heavy.asked.total() <= 90
+    assert {row["weight"] for row in collector.rows("kept.jsonl")} == {1.0}, "the weights have had their effect"
+
+
+def test_a_teacher_that_is_down_is_dropped_and_the_others_go_on(collector, oracle):
+    up, down = oracle(), oracle()
+    down.close()
+    code, out, err = collector(collector.ask(["one?", "two?"]), collector.teachers(up=up, down=down))
+    assert code == 1
+    assert [row["provenance"]["teacher"] for row in collector.rows("kept.jsonl")] == ["up", "up"]
+    assert "up: 2 answered" in out
+    assert err.count("\n") == 2
+    assert "down is dropped behind 0 answers, unreachable" in err
+    assert err.splitlines()[1].startswith("error: teacher down failed: unreachable")
+
+
+def test_failures_of_single_prompts_are_counted_and_asked_again(collector, oracle):
+    broken = True
+    server = oracle(lambda q: 500 if broken and "bad" in q else "" if broken and "mute" in q else "fine, thank you")
+    prompts = collector.ask(["good?", "bad?", "mute?", "good again?"])
+    code, out, _ = collector(prompts, collector.teachers(oracle=server, settings={"concurrency": 1}))
+    assert code == 0
+    assert "2 answered, 2 failed (" in out
+    assert "empty 1" in out
+    broken = False
+    code, out, _ = collector(prompts, collector.teachers(oracle=server))
+    assert "2 answered, 2 were there" in out
+    assert server.asked["good?"] == 1
+
+
+def test_a_teacher_that_only_fails_is_given_up_soon(collector, oracle):
+    server = oracle(lambda q: 500)
+    teacher = collector.teachers(oracle=server, settings={"retries": 0})
+    code, _, err = collector(collector.ask([f"{i}?" for i in range(500)]), teacher, "give_up=7")
+    assert code == 1
+    assert server.asked.total() < 30
+    assert "error: nothing was collected; oracle: " in err
+    assert "7 failures in a row" in err
+
+
+def test_time_is_bounded(collector, oracle):
+    server = oracle(delay=0.3)
+    teacher = collector.teachers(oracle=server, settings={"concurrency": 1})
+    code, out, _ = collector(collector.ask([f"{i}?" for i in range(200)]), teacher, "minutes=0.02")
+    assert code == 0
+    assert 1 <= len(collector.rows()) <= 8
+    assert "not asked" in out
+    assert "the same command goes on" in out
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(collector, oracle):
+    server = oracle(delay=0.1)
+    teacher = collector.teachers(oracle=server, settings={"concurrency": 2})
+    process = collector.start(collector.ask([f"{i}?" for i in range(300)]), teacher)
+    while len(server.asked) < 6 and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75, err
+    rows = collector.rows()
+    assert len(rows) >= 4
+    assert f"interrupted; {len(rows)} new answers are in" in err
+    assert "Traceback" not in err
+    assert all(count == 1 for count in server.asked.values())
+
+
+def test_two_collectors_of_one_store_do_not_both_ask(collector, oracle):
+    server = oracle(delay=0.1)
+    prompts = collector.ask([f"{i}?" for i in range(300)])
+    first = collector.start(prompts, collector.teachers(oracle=server, settings={"concurrency": 1}))
+    while not server.asked and first.poll() is None:
+        time.sleep(0.01)
+    code, out, err = collector(prompts, collector.teachers(oracle=server))
+    first.kill()
+    first.communicate()
+    assert code == 1
+    assert err.startswith("error: another process collects in ")
+    assert err.count("\n") == 1
+
+
+def test_filtering_anew_asks_nobody(collector, oracle):
+    server = oracle(lambda q: "As an AI, I cannot" if "x" in q else "Yes, that is so.")
+    collector(collector.ask(["x?", "y?"]), collector.teachers(oracle=server))
+    (rejected,) = collector.rows("rejected.jsonl")
+    assert (rejected["reason"], rejected["answer"]) == ("refusal", "As an AI, I cannot")
+    assert len(collector.rows()) == 2, "the store keeps what is rejected"
+    code, out, _ = collector("teacher=[]", "filters.refusals=[]")
+    assert code == 0
+    assert len(collector.rows("kept.jsonl")) == 2
+    assert server.asked.total() == 2
+
+
+def test_parquet_holds_the_same_answers(collector, oracle):
+    from elara.data.samples import read_samples
+
+    server = oracle()
+    code, _, _ = collector(collector.ask(["one?", "two?"]), collector.teachers(oracle=server), "store.parquet=true")
+    assert code == 0
+    folder = collector.home / "data" / "collected" / "teachers"
+    assert list(read_samples(folder / "answers.parquet")) == list(read_samples(folder / "answers.jsonl"))
+    assert not [file for file in folder.iterdir() if file.suffix == ".draft"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prompts.path=prompts.txt"], "nobody is asked"),
+        (["teacher=[smollm2]", "teachers.smollm2.weight=-1"], "weight=-1.0 must be a number of at least 0"),
+        (["prompts.template=hello"], "must hold {passage}"),
+        (["filters.language=klingon"], "klingon is not known here: use one of en, de"),
+        (["filters.student=nobody", "filters.max_nats=2"], "no run of that name"),
+        (["filters.max_nats=2"], "need a student"),
+        (["filters.refusals=['(']"], "is no regular expression"),
+        (["ask=some"], "ask=some must be one of: all, share"),
+        (["name=../x"], "must be a plain name"),
+        (["data.path=x"], "needs the data group"),
+    ],
+)
+def test_mistakes_are_one_line(collector, overrides, message):
+    code, out, err = collector("teacher=[]", *overrides)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "prompts come from one place"),
+        (["prompts.path=missing.jsonl"], "does not exist"),
+        (["prompts.path=empty.txt"], "holds nothing to ask"),
+    ],
+)
+def test_without_prompts_nobody_is_asked(collector, oracle, overrides, message):
+    (collector.home / "empty.txt").write_text("\n\n")
+    code, _, err = collector(collector.teachers(oracle=oracle()), *overrides)
+    assert code == 1
+    assert message in err
+
+
+def test_twice_the_same_model_is_a_mistake(collector, oracle):
+    server = oracle()
+    code, _, err = collector(collector.ask(["one?"]), collector.teachers(a=server, b=server))
+    assert code == 1
+    assert "it is the same model as" in err
+    assert server.asked.total() == 1
+
+
+def test_damage_in_the_middle_is_named(collector, oracle):
+    server = oracle()
+    prompts = collector.ask(["one?", "two?"])
+    collector(prompts, collector.teachers(oracle=server))
+    file = collector.home / "data" / "collected" / "teachers" / "answers.jsonl"
+    first, second = file.read_text().splitlines()
+    file.write_text(first[:50] + "\n" + second + "\n")
+    code, _, err = collector(prompts, collector.teachers(oracle=server))
+    assert code == 1
+    assert "answers.jsonl, line 1 is damaged" in err
+    assert json.loads(file.read_text().splitlines()[1])
