@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from typing import cast
 
 from hydra.core.config_store import ConfigStore
@@ -9,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from elara.cli import hydra_main
-from elara.collect.config import CollectConfig
+from elara.collect.config import THREAD, CollectConfig
 from elara.errors import ElaraError
 
 
@@ -31,7 +34,18 @@ def collect(config: DictConfig) -> None:
 def main() -> None:
     """Console script `elara-collect`."""
     ConfigStore.instance().store(name="collect_schema", node=CollectConfig)
-    hydra_main("collect", collect)
+    code = 0
+    try:
+        hydra_main("collect", collect)
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    if any(thread.name.startswith(THREAD) for thread in threading.enumerate()):
+        # A model in memory that still writes cannot be stopped, and its C++ would abort at the interpreter's end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

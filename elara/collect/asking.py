@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from elara.backends import Answer, Backend, BackendError, Params
+from elara.collect.config import THREAD
 from elara.collect.prompts import Prompt, digest
 from elara.collect.store import Store, answer_id, answer_sample
+from elara.data.samples import Sample
 from elara.errors import ElaraError
 
 LASTING = 3  # failures in a row of a kind that lasts that end a teacher: one may be about a single prompt
@@ -68,11 +70,11 @@ class Asking:
         self.teachers = teachers
         self._store, self._params, self._give_up, self._say = store, params, give_up, say
         self._stop = threading.Event()
-        self._broken: BaseException | None = None  # of the store or of this program
+        self._broken: BaseException | None = None  # of the store
         self._identities: dict[str, str] = {}  # hash: name
         self._lock = threading.Lock()
         self._threads = [
-            threading.Thread(target=self._work, args=(teacher,), daemon=True, name=f"teacher {teacher.name}")
+            threading.Thread(target=self._work, args=(teacher,), daemon=True, name=THREAD + teacher.name)
             for teacher in teachers
         ]
 
@@ -129,8 +131,8 @@ class Asking:
             self._drop(teacher, f"{error.kind}: {error}")
         except ElaraError as error:
             self._drop(teacher, str(error))
-        except OSError as error:
-            self._break(error)
+        except _Broken as error:
+            self._broken = error.__cause__
         except Exception as error:  # a backend's own mistake must not end the others
             self._drop(teacher, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
@@ -154,7 +156,7 @@ class Asking:
             if isinstance(result, Answer):
                 row = 0
                 sample = answer_sample(waiting[index], result, teacher.name, identity, params, teacher.weight)
-                if self._store.append(sample):
+                if self._keep(sample):
                     teacher.answered += 1
                     teacher.characters += len(result.text)
                     teacher.tokens += len(result.tokens)
@@ -181,9 +183,15 @@ class Asking:
         others = " the others go on" if any(t.dropped is None for t in self.teachers if t is not teacher) else ""
         self._say(f"{teacher.name} is dropped behind {teacher.answered:,} answers, {why};{others}".rstrip("; "))
 
-    def _break(self, error: BaseException) -> None:
-        self._broken = error
-        self._stop.set()
+    def _keep(self, sample: Sample) -> bool:
+        try:
+            return self._store.append(sample)
+        except OSError as error:
+            raise _Broken from error
+
+
+class _Broken(Exception):
+    """The store cannot be written to, which ends all teachers."""
 
 
 def _checked(answer: Answer, name: str) -> Answer | BackendError:

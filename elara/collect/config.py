@@ -14,6 +14,7 @@ from elara.errors import ElaraError
 SPLITS = ("line", "paragraph", "file")
 ASKING = ("all", "share")
 DUPLICATES = ("none", "exact", "near")
+THREAD = "teacher "  # begins the names of the threads that ask
 
 
 @dataclass

@@ -58,10 +58,9 @@ def run(wanted: CollectConfig, *, chosen: bool) -> Path:
         console.print(f"copy      {runs.shown(copy)}")
     if not in_time:
         console.print(f"time      minutes={wanted.minutes:g} are over; the same command goes on")
-    if failed := [t for t in asked if t.dropped is not None]:
-        raise ElaraError("; ".join(f"teacher {t.name} failed: {t.dropped}" for t in failed) + "; all answers are kept")
-    if any(t.failed for t in asked) and not any(t.answered + t.before for t in asked):
-        raise ElaraError(_nothing(asked))
+    if failed := [t for t in asked if t.dropped is not None or (t.failed and not t.answered + t.before)]:
+        whys = [f"teacher {t.name} failed: {t.dropped or _listed(t.failed)}" for t in failed]
+        raise ElaraError(f"{'; '.join(whys)}; what was answered is kept")
     return folder
 
 
@@ -83,7 +82,8 @@ def _ask(wanted: CollectConfig, store: Store, chosen: bool, console: Console) ->
             new = sum(teacher.answered for teacher in teachers)
             where = runs.shown(store.folder)
             raise Interrupted(
-                f"interrupted; {new:,} new answers are in {where}, the same command goes on", saved=True
+                f"interrupted; {new:,} new answers are in {where}: the same command goes on, teacher=[] filters them",
+                saved=True,
             ) from None
         finally:
             asking.close()

@@ -41,7 +41,7 @@ def answer_sample(
         "teacher_hash": teacher,
         "identity": dict(identity),
         "prompt": prompt.id,
-        "params": asdict(params),
+        "params": asdict(params) | {"stop": list(params.stop)},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "finish": answer.finish,
         "sha256": hashlib.sha256(answer.text.encode()).hexdigest(),

@@ -125,12 +125,17 @@ def test_time_is_bounded(collector, oracle):
     assert "the same command goes on" in out
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(collector, oracle):
+def test_while_one_collects_a_second_is_refused_and_ctrl_c_saves(collector, oracle):
     server = oracle(delay=0.1)
     teacher = collector.teachers(oracle=server, settings={"concurrency": 2})
-    process = collector.start(collector.ask([f"{i}?" for i in range(300)]), teacher)
+    arguments = [collector.ask([f"{i}?" for i in range(300)]), teacher]
+    process = collector.start(*arguments)
     while len(server.asked) < 6 and process.poll() is None:
         time.sleep(0.01)
+    code, _, refused = collector(*arguments)
+    assert code == 1
+    assert refused.startswith("error: another process collects in ")
+    assert refused.count("\n") == 1
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 75, err
@@ -141,18 +146,24 @@ def test_ctrl_c_saves_and_says_how_to_go_on(collector, oracle):
     assert all(count == 1 for count in server.asked.values())
 
 
-def test_two_collectors_of_one_store_do_not_both_ask(collector, oracle):
-    server = oracle(delay=0.1)
-    prompts = collector.ask([f"{i}?" for i in range(300)])
-    first = collector.start(prompts, collector.teachers(oracle=server, settings={"concurrency": 1}))
-    while not server.asked and first.poll() is None:
-        time.sleep(0.01)
-    code, out, err = collector(prompts, collector.teachers(oracle=server))
-    first.kill()
-    first.communicate()
-    assert code == 1
-    assert err.startswith("error: another process collects in ")
-    assert err.count("\n") == 1
+def test_passages_of_a_data_set_are_asked_about(collector, oracle):
+    server = oracle()
+    (collector.home / "bees.txt").write_text(" ".join(f"Bee {i} and the other bees fly." for i in range(200)))
+    code, out, err = collector(
+        collector.teachers({"oracle": 2}, oracle=server), "data=text", "data.path=bees.txt", "prompts.passage=100",
+        "prompts.template='Ask a question about: {passage}'", "prompts.limit=3", "filters.duplicates=none",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "(prompts.limit)" in out
+    assert len(server.asked) == 3
+    assert all(question.startswith("Ask a question about: ") and "bees" in question for question in server.asked)
+    assert [row["weight"] for row in collector.rows("kept.jsonl")] == [2.0] * 3
+    code, _, _ = collector("teacher=[oracle]", "teachers.oracle.weight=0.5", "data=text", "data.path=bees.txt",
+                           "prompts.passage=100", "prompts.template='Ask a question about: {passage}'",
+                           "prompts.limit=3", "filters.duplicates=none")  # fmt: skip
+    assert server.asked.total() == 3
+    assert [row["weight"] for row in collector.rows("kept.jsonl")] == [0.5] * 3, "weights are those of today"
+    assert [row["weight"] for row in collector.rows()] == [2.0] * 3
 
 
 def test_filtering_anew_asks_nobody(collector, oracle):
