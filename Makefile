@@ -73,6 +73,10 @@ counterparts:
 	    || echo "note: llama.cpp's library cannot be installed by npm here: tests against it are skipped" >&2
 	@$(PIP) xllamacpp==2026.10.11549 2>/dev/null \
 	    || echo "note: xllamacpp cannot be installed here: tests of its server are skipped" >&2
+	@{ test -x .counterparts/ollama-proxy/bin/ollama-proxy || { $(PY) -m venv .counterparts/ollama-proxy \
+	    && .counterparts/ollama-proxy/bin/python -m pip install -qq --no-input --disable-pip-version-check \
+	    ollama-proxy-plus==0.1.0; }; } 2>/dev/null \
+	    || echo "note: ollama-proxy-plus cannot be installed here: tests of Ollama's API against it are skipped" >&2
 
 lint: $(DEV) ## ruff, mypy and the rules of import
 	@$(PY) -m ruff check

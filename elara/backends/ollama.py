@@ -9,7 +9,7 @@ from urllib.parse import SplitResult
 
 from elara.backends.base import BackendError, Messages, Params, TokenChoice
 from elara.backends.retry import Attempt, Failure, Limits
-from elara.backends.server import Server, broken_off, not_understood, parsed, shown
+from elara.backends.server import Server, broken_off, credentials, not_understood, parsed, shown
 from elara.backends.writing import Piece
 from elara.errors import ElaraError
 
@@ -42,7 +42,8 @@ class Ollama(Server):
     ) -> None:  # fmt: skip
         limits = Limits(timeout, deadline, retries, retry_delay, max_characters, requests_per_minute)
         super().__init__(limits, concurrency)
-        self.model, self.host, self.pull = model, host, pull
+        self.model, self.pull = model, pull
+        self._parts = _address(host)
         self.keep_alive, self.num_ctx, self.think = keep_alive, num_ctx, think
         self._client: ollama.Client | None = None
         self._entry: Mapping[str, Any] | None = None  # of the model, in the server's list
@@ -63,16 +64,6 @@ class Ollama(Server):
                 self._client.close()
                 self._client = None
 
-    @property
-    def _parts(self) -> SplitResult:
-        """The address, read as Ollama reads it."""
-        host = self.host or os.environ.get("OLLAMA_HOST") or "127.0.0.1"
-        key = "backend.host" if self.host else "OLLAMA_HOST"
-        if "://" in host:
-            return parsed(host, key, EXAMPLE)
-        parts = parsed(f"http://127.0.0.1{host}" if host.startswith(":") else f"http://{host}", key, EXAMPLE)
-        return parts if parts.port else parts._replace(netloc=f"{parts.netloc}:{PORT}")
-
     def _whom(self) -> str:
         return f"Ollama at {shown(self._parts)} ({self.model})"
 
@@ -90,10 +81,9 @@ class Ollama(Server):
                 except ImportError as error:
                     advice = "pip install 'elara-hivemind[teachers]'"
                     raise ElaraError(f"the backend ollama needs the package ollama: {advice}") from error
-                parts = self._parts
-                auth = (parts.username or "", parts.password or "") if parts.username else None
-                self._secrets = {part for part in (parts.password, os.environ.get("OLLAMA_API_KEY")) if part}
-                self._client = Client(shown(parts), auth=auth, event_hooks=self._watch.hooks)
+                auth = credentials(self._parts)
+                self._secrets = {part for part in (os.environ.get("OLLAMA_API_KEY"), *(auth or ())) if part}
+                self._client = Client(shown(self._parts), auth=auth, event_hooks=self._watch.hooks)
             return self._client
 
     def _prepare(self) -> None:
@@ -118,6 +108,7 @@ class Ollama(Server):
 
     def _fetch(self, attempt: Attempt) -> None:
         """Let the server fetch the model; a download that broke off is taken up again by the next attempt."""
+        from ollama import ResponseError
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -127,12 +118,18 @@ class Ollama(Server):
             bar = progress.add_task(f"fetching {self.model}", total=None)
             layers: dict[str, tuple[int, int]] = {}
             last = None
-            for part in self._open().pull(self.model, stream=True):
-                last = part.status
-                if part.digest:
-                    layers[part.digest] = (part.completed or 0, part.total or 0)
-                    done, total = map(sum, zip(*layers.values(), strict=True))
-                    progress.update(bar, completed=done, total=total)
+            try:
+                for part in self._open().pull(self.model, stream=True):
+                    last = part.status
+                    if part.digest:
+                        layers[part.digest] = (part.completed or 0, part.total or 0)
+                        done, total = map(sum, zip(*layers.values(), strict=True))
+                        progress.update(bar, completed=done, total=total)
+            except ResponseError as error:
+                why = f"cannot fetch the model ({self._quoted(str(error.error))})"
+                raise Failure(
+                    "refused", why, "see whether it is spelled right and whether the server is online"
+                ) from None
         if last != "success":
             raise broken_off()
 
@@ -183,6 +180,16 @@ class Ollama(Server):
         raise error
 
 
+def _address(host: str | None) -> SplitResult:
+    """Where the server is, read as Ollama reads it."""
+    key = "backend.host" if host else "OLLAMA_HOST"
+    host = host or os.environ.get("OLLAMA_HOST") or "127.0.0.1"
+    if "://" in host:
+        return parsed(host, key, EXAMPLE)
+    parts = parsed(f"http://127.0.0.1{host}" if host.startswith(":") else f"http://{host}", key, EXAMPLE)
+    return parts if parts.port else parts._replace(netloc=f"{parts.netloc}:{PORT}")
+
+
 def _piece(part: Any) -> Piece:
     finish = None
     if part.done:
@@ -193,4 +200,4 @@ def _piece(part: Any) -> Piece:
 
 def _token(token: Any) -> tuple[TokenChoice, bytes]:
     top = tuple((other.token, other.logprob) for other in token.top_logprobs or ())
-    return TokenChoice(token.token, token.logprob, top), token.token.encode()
+    return TokenChoice(token.token, token.logprob, top), token.token.encode("utf-8", "surrogatepass")

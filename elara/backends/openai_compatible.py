@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from elara.backends.base import BackendError, Messages, Params, TokenChoice
 from elara.backends.retry import Attempt, Failure, Limits
-from elara.backends.server import Server, broken_off, not_understood, parsed, shown
+from elara.backends.server import Server, broken_off, credentials, not_understood, parsed, shown
 from elara.backends.writing import Piece
 from elara.errors import ElaraError
 
@@ -42,7 +42,7 @@ class OpenAICompatible(Server):
         limits = Limits(timeout, deadline, retries, retry_delay, max_characters, requests_per_minute)
         super().__init__(limits, concurrency)
         self._parts = parsed(base_url, "backend.base_url", "http://host:port/v1")
-        self.model, self.base_url, self.api_key_env = model, base_url, api_key_env
+        self.model, self.api_key_env = model, api_key_env
         self.extra = dict(extra or {})
         self._without: set[str] = set()  # optional fields that the server refused
         self._client: openai.OpenAI | None = None
@@ -89,9 +89,10 @@ class OpenAICompatible(Server):
                     raise BackendError(
                         "refused", f"the key in {self.api_key_env} has signs that no key has: set it anew"
                     )
-                self._secrets = {part for part in (key, self._parts.password) if part and part != NO_KEY}
-                client = DefaultHttpxClient(event_hooks=self._watch.hooks)
-                self._client = OpenAI(api_key=key, base_url=self.base_url, max_retries=0, http_client=client)
+                auth = credentials(self._parts)
+                self._secrets = {part for part in (key, *(auth or ())) if part and part != NO_KEY}
+                client = DefaultHttpxClient(auth=auth, event_hooks=self._watch.hooks)
+                self._client = OpenAI(api_key=key, base_url=shown(self._parts), max_retries=0, http_client=client)
             return self._client
 
     def _prepare(self) -> None:
@@ -150,7 +151,8 @@ class OpenAICompatible(Server):
             fields["stop"] = list(params.stop[:STOPS])
         if params.logprobs:
             fields |= {"logprobs": True, "top_logprobs": params.logprobs}
-        kept = {name: value for name, value in fields.items() if name not in self._without}
+        dropped = self._without - {"top_k"} if params.top_k else self._without
+        kept = {name: value for name, value in fields.items() if name not in dropped}
         if "max_tokens" in self._without:
             kept["max_completion_tokens"] = params.max_new_tokens
         return kept | self.extra
@@ -201,7 +203,7 @@ def _piece(choice: Any) -> Piece:
 
 def _token(token: Any) -> tuple[TokenChoice, bytes]:
     top = tuple((str(other.token), float(other.logprob)) for other in token.top_logprobs or ())
-    raw = bytes(token.bytes) if token.bytes is not None else token.token.encode()
+    raw = bytes(token.bytes) if token.bytes is not None else token.token.encode("utf-8", "surrogatepass")
     return TokenChoice(token.token, float(token.logprob), top), raw
 
 

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,7 +127,7 @@ class Server(ABC):
 
         yield from concurrently(answer, conversations, self.concurrency)
 
-    def top_logprobs(self, ids: Tensor, k: int) -> TopLogprobs:
+    def top_logprobs(self, ids: Tensor, k: int, temperature: float = 1.0) -> TopLogprobs:
         raise unsupported(self, "distribution over the tokens of a given text")
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -197,7 +197,7 @@ class Server(ABC):
         def ask(attempt: Attempt) -> NDArray[np.float32]:
             self._watch.begin(attempt)
             vectors = np.asarray(self._vectors(texts), np.float32)  # ValueError where lengths differ
-            if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
+            if vectors.ndim != 2 or len(vectors) != len(texts) or not vectors.size or not np.isfinite(vectors).all():
                 raise _not_vectors()
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)  # (texts, dimensions)
@@ -259,13 +259,21 @@ def parsed(url: str, key: str, example: str) -> SplitResult:
     """The parts of an http(s) address; BackendError that names the configuration's key when it is none."""
     try:
         parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return parts
+        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        pass
-    raise BackendError("refused", f"{key} is no http(s) address: write it as {example}")
+        fine = False
+    if not fine:
+        raise BackendError("refused", f"{key} is no http(s) address: write it as {example}")
+    if parts.query or parts.fragment:  # where a key would be seen in logs
+        raise BackendError("refused", f"{key} has a query: keys go into the environment, options into their own keys")
+    return parts
 
 
 def shown(parts: SplitResult) -> str:
-    """An address without credentials and without its query."""
+    """An address without credentials."""
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+
+
+def credentials(parts: SplitResult) -> tuple[str, str] | None:
+    """User and password of an address, which must not be in what clients log."""
+    return (unquote(parts.username), unquote(parts.password or "")) if parts.username else None

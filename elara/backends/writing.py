@@ -85,7 +85,7 @@ class Writing:
         text, self._held = self._held + text, ""
         if self._state == "start":
             begin = text.lstrip()
-            if OPEN.startswith(begin):
+            if begin != OPEN and OPEN.startswith(begin):
                 self._held = text
                 return ""
             self._state = "thinking" if begin.startswith(OPEN) else "text"

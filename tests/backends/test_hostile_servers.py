@@ -1,0 +1,612 @@
+"""Whatever a server does, an answer or one clear error comes in bounded time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elara.backends import Answer, BackendError, Params
+from elara.backends.ollama import Ollama
+from elara.backends.openai_compatible import OpenAICompatible
+from elara.backends.server import Server
+from tests.backends.hostile import (
+    Act,
+    Handler,
+    cut,
+    drip,
+    drop,
+    endless,
+    endless_line,
+    free_port,
+    hang_up,
+    hostile,
+    inside,
+    models,
+    not_text,
+    page,
+    raw,
+    silent,
+    silent_midway,
+    speak,
+    speak_tokens,
+    split_characters,
+    status,
+)
+
+pytest.importorskip("openai")  # here, so that no test pays for the import
+pytest.importorskip("ollama")
+
+HELLO = [{"role": "user", "content": "hello"}]
+GOOD = speak("Once ", "upon a time")
+KEY = "sk-very-secret-key"
+RETRIES, DEADLINE = 2, 5.0
+
+
+@pytest.fixture(params=["openai", "ollama"])
+def api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OLLAMA_API_KEY", KEY)
+    monkeypatch.delenv("OLLAMA_HOST", raising=False)
+    found: str = request.param
+    return found
+
+
+def backend(api: str, address: str, **more: Any) -> Server:
+    given = {"retries": RETRIES, "retry_delay": 0.02, "timeout": 3.0, "deadline": DEADLINE, "concurrency": 2} | more
+    if api == "ollama":
+        return Ollama("bee", address, **given)
+    return OpenAICompatible("bee", f"{address}/v1", **given)
+
+
+def ask(made: Server, params: Params | None = None) -> Answer | BackendError:
+    start = time.monotonic()
+    ((index, result),) = made.answers([HELLO], params or Params())
+    assert time.monotonic() - start < DEADLINE + 3
+    assert index == 0
+    return result
+
+
+def failed(result: Answer | BackendError) -> BackendError:
+    assert isinstance(result, BackendError), result
+    message = str(result)
+    assert "\n" not in message and "127.0.0.1" in message and "bee" in message
+    assert KEY not in message and KEY not in repr(result)
+    assert result.__cause__ is None, "a traceback must not show what a server said"
+    return result
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "requests", "said"),
+    [
+        (silent, "timeout", 3, "0.2 seconds"),
+        (silent_midway, "timeout", 3, "0.2 seconds"),
+        (status(429), "rate_limited", 3, "429"),
+        (status(429, Retry_After="3600"), "rate_limited", 1, "429"),
+        (status(429, "insufficient_quota"), "refused", 1, "insufficient_quota"),
+        (status(500, "boom"), "failed", 3, "500 (boom)"),
+        (status(503, "Loading model"), "unreachable", 3, "Loading model"),
+        (status(404, "no such model"), "refused", 1, "no such model"),
+        (status(401, f"bad key {KEY}!"), "refused", 1, "bad key ***!"),
+        (status(400, "the request exceeds the context size"), "unfit", 1, "context"),
+        (status(500, "CUDA error: out of memory"), "out_of_memory", 1, "out of memory"),
+        (status(500, "model requires more system memory (9 GiB) than is available"), "out_of_memory", 1, "9 GiB"),
+        (inside("cudaMalloc failed: out of memory"), "out_of_memory", 1, "cudaMalloc"),
+        (inside("slot broke"), "failed", 3, "slot broke"),
+        (hang_up, "failed", 3, "broke the connection off"),
+        (drop, "failed", 3, "broke the connection off"),
+        (cut, "failed", 3, "in the middle of an answer"),
+        (speak(), "empty", 3, "empty answer"),
+        (speak(" ", "\n \t"), "empty", 3, "empty answer"),
+        (speak(finish="length", thought="hm"), "empty", 3, "max_new_tokens"),
+        (speak("<think>hm, hm", finish="length"), "empty", 3, "max_new_tokens"),
+        (endless, "endless", 1, "2000 characters"),
+        (endless_line, "endless", 1, "MB"),
+        (not_text, "not_text", 1, "UTF-8"),
+        (raw("{not json"), "failed", 3, "not an answer"),
+        (raw("[1, 2]", "5", "null"), "failed", 3, ""),
+        (raw('{"choices": 7, "message": 7, "done": 3}'), "failed", 3, "not an answer"),
+        (raw("[" * 100_000), "failed", 3, "not an answer"),
+        (page, "failed", 3, ""),
+    ],
+)  # fmt: skip
+def test_every_trouble_is_one_error_after_a_bounded_number_of_requests(
+    api: str, act: Act, kind: str, requests: int, said: str
+) -> None:
+    with hostile(act) as server:
+        timeout = 0.2 if act in (silent, silent_midway) else 3.0
+        error = failed(ask(backend(api, server.address, max_characters=2000, timeout=timeout)))
+        assert (error.kind, len(server.asked)) == (kind, requests)
+        assert said in str(error)
+        assert (f"tried {requests} times" in str(error)) == (requests > 1)
+
+
+@pytest.mark.parametrize(
+    "trouble", [status(500), status(503), status(429, Retry_After="0"), hang_up, drop, cut, speak(), silent, page]
+)
+def test_what_passes_is_asked_again_until_it_works(api: str, trouble: Act) -> None:
+    with hostile(trouble, trouble, GOOD) as server:
+        timeout = 0.2 if trouble is silent else 3.0
+        assert ask(backend(api, server.address, timeout=timeout)) == Answer("Once upon a time", "stop")
+        assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("header", [{"Retry_After": "0.3"}, {"Retry_After_ms": "300"}])
+def test_a_server_is_left_alone_for_as_long_as_it_asks(api: str, header: dict[str, str]) -> None:
+    with hostile(status(429, **header), GOOD) as server:
+        assert isinstance(ask(backend(api, server.address)), Answer)
+        assert 0.3 <= server.times[1] - server.times[0] < 0.6
+
+
+def test_a_closed_port_is_one_line_that_says_what_to_do(api: str) -> None:
+    error = failed(ask(backend(api, f"http://127.0.0.1:{free_port()}")))
+    assert error.kind == "unreachable" and error.lasting
+    assert "tried 3 times" in str(error)
+    assert ("ollama serve" if api == "ollama" else "start the server") in str(error)
+
+
+def test_the_deadline_holds_for_a_server_that_always_sends_something(api: str) -> None:
+    with hostile(drip) as server:
+        start = time.monotonic()
+        error = failed(ask(backend(api, server.address, deadline=0.5)))
+        assert error.kind == "timeout" and "deadline" in str(error)
+        assert 0.4 < time.monotonic() - start < 1.0
+
+
+def test_an_empty_answer_is_asked_for_with_another_seed(api: str) -> None:
+    with hostile(speak(), speak(), GOOD) as server:
+        assert isinstance(ask(backend(api, server.address), Params(seed=5)), Answer)
+        seeds = [asked["seed"] if api == "openai" else asked["options"]["seed"] for asked in server.asked]
+        assert seeds[0] == 5 and len(set(seeds)) == 3
+
+
+def test_characters_come_out_whole_however_they_are_cut(api: str) -> None:
+    with hostile(split_characters) as server:
+        made = backend(api, server.address)
+        assert ask(made) == Answer("naïve €🐝", "stop")
+        pieces = list(made.generate(HELLO, Params()))
+        assert "".join(pieces) == "naïve €🐝"
+        assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_half_a_character_is_not_text() -> None:
+    def event(text: str, finish: str = "null") -> str:
+        return f'{{"choices": [{{"delta": {{"content": "{text}"}}, "finish_reason": {finish}}}]}}'
+
+    halves = [event("a\\ud83d"), event("\\udc1d b"), event("", '"stop"')]
+    with hostile(raw(*halves), raw(halves[0], halves[2])) as server:
+        made = backend("openai", server.address)
+        assert ask(made) == Answer("a🐝 b", "stop")
+        assert failed(ask(made)).kind == "not_text"
+
+
+def test_a_stream_that_breaks_behind_its_first_piece_is_an_error_and_never_a_repetition(api: str) -> None:
+    with hostile(status(500), drop) as server:
+        pieces = backend(api, server.address).generate(HELLO, Params())
+        assert next(pieces) == "Once upon"
+        with pytest.raises(BackendError) as caught:
+            next(pieces)
+        assert failed(caught.value).kind == "failed"
+        assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize(("act", "kind"), [(speak(), "empty"), (status(401), "refused"), (silent, "timeout")])
+def test_generate_meets_the_same_errors(api: str, act: Act, kind: str) -> None:
+    with hostile(act) as server:
+        with pytest.raises(BackendError) as caught:
+            list(backend(api, server.address, timeout=0.2 if act is silent else 3.0).generate(HELLO, Params()))
+        assert failed(caught.value).kind == kind
+
+
+def test_a_closed_generator_hangs_up(api: str) -> None:
+    gone = threading.Event()
+
+    def act(handler: Handler) -> None:
+        handler.begin()
+        try:
+            while not handler.hostile.closing.wait(0.01):
+                handler.chunk(handler.piece("on and on "))
+        except OSError:
+            gone.set()
+
+    with hostile(act) as server:
+        pieces = backend(api, server.address).generate(HELLO, Params())
+        assert next(pieces) == "on and on "
+        pieces.close()  # type: ignore[attr-defined]
+        assert gone.wait(2)
+
+
+@pytest.mark.parametrize("act", [status(401), status(500, "out of memory")])
+def test_an_error_that_lasts_is_met_once(api: str, act: Act) -> None:
+    with hostile(act) as server:
+        found = dict(backend(api, server.address).answers([HELLO] * 20, Params()))
+        assert sorted(found) == list(range(20))
+        assert all(isinstance(result, BackendError) and result.lasting for result in found.values())
+        assert len(server.asked) <= 4
+        assert len({str(result) for result in found.values()}) == 1
+
+
+def test_an_error_of_one_conversation_ends_that_one_only(api: str) -> None:
+    def act(handler: Handler) -> None:
+        (status(400, "too long") if handler.body["messages"][0]["content"] == "2" else GOOD)(handler)
+
+    with hostile(act) as server:
+        conversations = [[{"role": "user", "content": str(i)}] for i in range(6)]
+        found = dict(backend(api, server.address).answers(conversations, Params()))
+        assert failed(found.pop(2)).kind == "unfit"
+        assert found == dict.fromkeys((0, 1, 3, 4, 5), Answer("Once upon a time", "stop"))
+
+
+def test_no_more_requests_at_once_than_concurrency_says(api: str) -> None:
+    def act(handler: Handler) -> None:
+        time.sleep(0.05)
+        GOOD(handler)
+
+    with hostile(act) as server:
+        made = backend(api, server.address, concurrency=3)
+        assert made.capabilities.concurrency == 3
+        server.most = 0
+        assert len(list(made.answers([HELLO] * 9, Params()))) == 9
+        assert server.most == 3
+
+
+def test_whoever_stops_listening_waits_for_nothing(api: str) -> None:
+    with hostile(GOOD, silent) as server:
+        start = time.monotonic()
+        answers = backend(api, server.address, timeout=30).answers([HELLO] * 50, Params())
+        assert isinstance(next(answers)[1], Answer)
+        answers.close()  # type: ignore[attr-defined]
+        assert time.monotonic() - start < 1
+        time.sleep(0.1)
+        assert len(server.asked) <= 4
+
+
+def test_requests_are_spaced_as_the_limit_says(api: str) -> None:
+    with hostile(GOOD) as server:
+        made = backend(api, server.address, requests_per_minute=600, deadline=0.2, concurrency=4)
+        answers = [result for _, result in made.answers([HELLO] * 5, Params())]
+        assert all(isinstance(answer, Answer) for answer in answers), "waiting for a slot is not the answer's time"
+        gaps = np.diff(sorted(server.times))
+        assert (gaps > 0.08).all() and (gaps < 0.3).all()
+
+
+def test_no_questions_no_requests(api: str) -> None:
+    with hostile(GOOD) as server:
+        made = backend(api, server.address, pull=False) if api == "ollama" else backend(api, server.address)
+        assert list(made.answers([], Params())) == []
+        assert made.embed([]).shape[0] == 0
+        assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        speak("Once ", "upon a time", thought="Let me think."),
+        speak("<think>", "Let me </thi", "nk></think>\n\n", "Once ", "upon a time"),
+        speak("\n<thi", "nk>hm</think>Once upon a time"),
+    ],
+)
+def test_thoughts_are_no_part_of_an_answer(api: str, act: Act) -> None:
+    with hostile(act) as server:
+        made = backend(api, server.address)
+        answer = ask(made)
+        assert isinstance(answer, Answer)
+        assert answer.text.removeprefix("</think>\n\n") == "Once upon a time"
+        assert "".join(made.generate(HELLO, Params())) == answer.text
+
+
+def test_thoughts_whose_beginning_the_template_wrote_are_left_out(api: str) -> None:
+    with hostile(speak("Let me think.\n</think>", "\n\nOnce upon", " a time")) as server:
+        assert ask(backend(api, server.address)) == Answer("Once upon a time", "stop")
+
+
+def test_endless_thoughts_end(api: str) -> None:
+    def act(handler: Handler) -> None:
+        handler.begin()
+        while not handler.hostile.closing.is_set():
+            handler.chunk(handler.piece(thought="hm " * 20))
+
+    with hostile(act) as server:
+        assert failed(ask(backend(api, server.address, max_characters=500))).kind == "endless"
+
+
+def test_stop_texts_end_an_answer_where_the_server_lets_it_run_on(api: str) -> None:
+    with hostile(speak("one, t", "wo, three", ", four")) as server:
+        made = backend(api, server.address)
+        params = Params(stop=("two", "x1", "x2", "x3", "x4"))
+        assert ask(made, params) == Answer("one, ", "stop")
+        assert "".join(made.generate(HELLO, params)) == "one, "
+        sent = server.asked[0]
+        assert (sent["stop"] if api == "openai" else sent["options"]["stop"])[0] == "two"
+
+
+def test_finish_is_length_where_the_limit_ended_it(api: str) -> None:
+    with hostile(speak("Once", finish="length")) as server:
+        assert ask(backend(api, server.address)) == Answer("Once", "length")
+
+
+def test_parameters_reach_the_server(api: str) -> None:
+    params = Params(max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=11, stop=("x", "y"))
+    with hostile(GOOD) as server:
+        ask(backend(api, server.address), params)
+        sent = server.asked[0]
+    assert sent["messages"] == HELLO and sent["stream"] is True and sent["model"] == "bee"
+    if api == "openai":
+        assert {key: sent[key] for key in ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")} == {
+            "max_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 11, "stop": ["x", "y"]
+        }  # fmt: skip
+        assert "logprobs" not in sent
+    else:
+        assert sent["options"].items() >= {
+            "num_predict": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 11, "stop": ["x", "y"]
+        }.items()  # fmt: skip
+
+
+def test_tokens_come_with_their_probabilities_and_without_those_of_thoughts(api: str) -> None:
+    with hostile(speak_tokens("<think>", "hm", "</think>", "Once", " upon")) as server:
+        made = backend(api, server.address)
+        assert made.capabilities.token_logprobs == 20
+        answer = ask(made, Params(logprobs=2))
+        assert isinstance(answer, Answer)
+        assert answer.text == "Once upon"
+        assert [token.text for token in answer.tokens] == ["Once", " upon"]
+        assert answer.tokens[0].logprob == -0.5 and answer.tokens[0].top == (("Once", -0.5), ("t1", -1.5))
+        assert made.capabilities.token_logprobs == 20
+        assert len(server.asked) == 2, "found out once"
+
+
+@pytest.mark.parametrize("code", [400, 422, 501])
+def test_a_server_that_refuses_log_probabilities_is_asked_without(api: str, code: int) -> None:
+    def act(handler: Handler) -> None:
+        (status(code, "what is that?") if "logprobs" in handler.body else GOOD)(handler)
+
+    with hostile(act) as server:
+        made = backend(api, server.address)
+        assert ask(made, Params(logprobs=5)) == Answer("Once upon a time", "stop")
+        assert made.capabilities.token_logprobs == 0
+
+
+@pytest.mark.parametrize(("act", "known"), [(GOOD, 0), (speak_tokens("a", alternatives=5), 5)])
+def test_what_a_server_does_not_give_is_not_promised(api: str, act: Act, known: int) -> None:
+    with hostile(act) as server:
+        made = backend(api, server.address)
+        assert made.capabilities.token_logprobs == known
+        assert isinstance(ask(made, Params(logprobs=20)), Answer)
+
+
+def test_capabilities_of_a_server_that_is_down_promise_nothing_and_are_asked_again(api: str) -> None:
+    made = backend(api, f"http://127.0.0.1:{free_port()}", retries=0)
+    assert made.capabilities.token_logprobs == 0
+    with hostile(status(500), speak_tokens("a")) as server:
+        made = backend(api, server.address, retries=0)
+        assert made.capabilities.token_logprobs >= 0
+
+
+def embedding(vectors: list[list[float]]) -> Act:
+    def act(handler: Handler) -> None:
+        if handler.api == "ollama":
+            handler.whole({"model": "bee", "embeddings": vectors})
+        else:
+            entries = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+            handler.whole({"object": "list", "data": entries[::-1], "model": "bee"})
+
+    return act
+
+
+def test_vectors_have_unit_length_and_the_order_of_the_texts(api: str) -> None:
+    with hostile(embedding([[3.0, 4.0], [0.0, 2.0]])) as server:
+        found = backend(api, server.address).embed(["a", "b"])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [[0.6, 0.8], [0.0, 1.0]], rtol=1e-6)
+
+
+def test_many_texts_are_embedded_in_groups(api: str) -> None:
+    def act(handler: Handler) -> None:
+        embedding([[float(len(text)), 1.0] for text in handler.body["input"]])(handler)
+
+    with hostile(act) as server:
+        found = backend(api, server.address).embed(["x" * i for i in range(150)])
+        assert found.shape == (150, 2) and len(server.asked) == 3
+    np.testing.assert_allclose(found[:, 0] / found[:, 1], range(150), rtol=1e-5)
+
+
+@pytest.mark.parametrize("vectors", [[[1.0]], [[1.0], [1.0, 2.0]], [[], []], [[1.0], [float("nan")]], [["a"], ["b"]]])
+def test_vectors_that_are_none_are_an_error(api: str, vectors: Any) -> None:
+    with hostile(embedding(vectors)) as server, pytest.raises(BackendError) as caught:
+        backend(api, server.address).embed(["a", "b"])
+    assert failed(caught.value).kind == "failed"
+
+
+def test_no_key_is_ever_shown(api: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with hostile(status(400, f"you sent {KEY} and hunter2")) as server:
+        address = server.address.replace("http://", "http://me:hunter2@")
+        made = backend(api, address)
+        error = failed(ask(made))
+        shown = [str(error), str(made.identity()), repr(made), caplog.text]
+    assert all(KEY not in text and "hunter2" not in text for text in shown)
+    assert "127.0.0.1" in shown[0]
+
+
+def test_identity_names_what_answers(api: str) -> None:
+    with hostile(GOOD) as server:
+        found = backend(api, server.address).identity()
+    assert found["model"] == "bee"
+    if api == "ollama":
+        assert (found["kind"], found["revision"]) == ("ollama", "abc123")
+        assert found["details"] == {"family": "bees", "parameter_size": "1B"}
+    else:
+        assert (found["kind"], found["base_url"]) == ("openai_compatible", f"{server.address}/v1")
+        assert found["server"] == {"owned_by": "bees", "meta": {"n": 1}}, "nothing that changes from call to call"
+
+
+def test_a_backend_goes_on_after_close(api: str) -> None:
+    with hostile(GOOD) as server:
+        made = backend(api, server.address)
+        made.close()
+        assert isinstance(ask(made), Answer)
+        made.close()
+        made.close()
+        assert isinstance(ask(made), Answer)
+
+
+def test_building_one_asks_nobody(api: str) -> None:
+    made = backend(api, "http://127.0.0.1:1")
+    assert made.fingerprint is None
+    with pytest.raises(BackendError, match="another teacher") as caught:
+        made.top_logprobs(None, 3)  # type: ignore[arg-type]
+    assert caught.value.kind == "refused"
+
+
+@pytest.mark.parametrize("address", ["ftp://x", "http://", "http://[::1", "http://a:b", "nonsense://"])
+def test_an_address_that_is_none_is_named_by_its_key(api: str, address: str) -> None:
+    with pytest.raises(BackendError, match=r"backend\.(base_url|host) is no http") as caught:
+        ask(backend(api, address))
+    assert caught.value.kind == "refused"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"timeout": 0}, {"retries": -1}, {"concurrency": 0}, {"max_characters": 0}, {"requests_per_minute": 0}]
+)
+def test_limits_that_are_none_are_named(api: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(BackendError, match=next(iter(wrong))):
+        backend(api, "http://127.0.0.1:1", **wrong)
+
+
+# What only OpenAI's API has
+
+
+def test_fields_that_a_server_does_not_know_are_left_out_where_that_changes_nothing() -> None:
+    def act(handler: Handler) -> None:
+        for name in ("min_p", "top_k", "max_tokens"):
+            if name in handler.body:
+                return status(400, f"Unrecognized request argument supplied: {name}")(handler)
+        return GOOD(handler)
+
+    with hostile(act) as server:
+        made = backend("openai", server.address)
+        assert isinstance(ask(made), Answer)
+        assert server.asked[-1]["max_completion_tokens"] == 256
+        before = len(server.asked)
+        assert isinstance(ask(made), Answer)
+        assert len(server.asked) == before + 1, "found out once"
+        assert "top_k" in str(failed(ask(made, Params(top_k=5)))), "what was asked for is not dropped in silence"
+
+
+@pytest.mark.parametrize(("names", "kind"), [((), "refused"), (("a", "b"), "refused")])
+def test_without_a_name_the_server_must_have_one_model(names: tuple[str, ...], kind: str) -> None:
+    with hostile(GOOD, listing=models(*names)) as server:
+        made = OpenAICompatible(None, f"{server.address}/v1", retries=0)
+        ((_, error),) = made.answers([HELLO], Params())
+        assert isinstance(error, BackendError) and error.kind == kind
+        assert all(name in str(error) for name in names) and server.asked == []
+
+
+def test_the_only_model_of_a_server_needs_no_name() -> None:
+    with hostile(GOOD, listing=models("drone")) as server:
+        made = OpenAICompatible(
+            None, f"{server.address}/v1", extra={"chat_template_kwargs": {"enable_thinking": False}}
+        )
+        assert isinstance(ask(made), Answer)
+        assert server.asked[0]["model"] == made.identity()["model"] == "drone"
+        assert server.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_without_a_key_local_servers_get_a_word_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    heard = []
+
+    def act(handler: Handler) -> None:
+        heard.append(handler.headers["Authorization"])
+        GOOD(handler)
+
+    with hostile(act) as server:
+        assert isinstance(ask(backend("openai", server.address)), Answer)
+    assert heard == ["Bearer EMPTY"]
+
+
+def test_a_key_that_cannot_be_sent_is_not_shown_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a\nb")
+    ((_, error),) = backend("openai", "http://127.0.0.1:1").answers([HELLO], Params())
+    assert isinstance(error, BackendError) and "OPENAI_API_KEY" in str(error) and "sk-a" not in str(error)
+
+
+# What only Ollama has
+
+
+def pulling(*events: dict[str, Any]) -> Act:
+    def act(handler: Handler) -> None:
+        raw(*map(json.dumps, events))(handler)
+        if events[-1].get("status") == "success":
+            handler.hostile.listing = models("bee:latest")
+
+    return act
+
+
+LAYER = {"status": "pulling abc", "digest": "abc", "total": 1000}
+PULLED = pulling({"status": "pulling manifest"}, LAYER, LAYER | {"completed": 1000}, {"status": "success"})
+
+
+def test_a_missing_model_is_pulled_with_progress_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    with hostile(GOOD, listing=models("wasp"), pulling=PULLED) as server:
+        made = backend("ollama", server.address)
+        assert isinstance(ask(made), Answer)
+        assert isinstance(ask(made), Answer)
+        assert made.identity()["revision"] == "abc123"
+        assert [pull["model"] for pull in server.pulls] == ["bee"]
+    out, err = capfd.readouterr()
+    assert out == "" and "fetching bee" in err and "1.0/1.0 kB" in err
+
+
+def test_a_missing_model_is_named_where_it_may_not_be_pulled() -> None:
+    with hostile(GOOD, listing=models("wasp"), pulling=PULLED) as server:
+        error = failed(ask(backend("ollama", server.address, pull=False)))
+        assert error.kind == "refused" and "ollama pull bee" in str(error)
+        assert server.pulls == [] and server.asked == []
+
+
+def test_a_model_that_nobody_has_is_refused() -> None:
+    gone = pulling({"status": "pulling manifest"}, {"error": "pull model manifest: file does not exist"})
+    with hostile(GOOD, listing=models(), pulling=gone) as server:
+        error = failed(ask(backend("ollama", server.address)))
+        assert "file does not exist" in str(error)
+        assert error.kind == "refused" and len(server.pulls) == 1
+
+
+def test_a_download_that_breaks_is_taken_up_again() -> None:
+    def act(handler: Handler) -> None:
+        (pulling(LAYER | {"completed": 10}) if len(handler.hostile.pulls) == 1 else PULLED)(handler)
+
+    with hostile(GOOD, listing=models(), pulling=act) as server:
+        assert isinstance(ask(backend("ollama", server.address)), Answer)
+        assert len(server.pulls) == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("example.com", "http://example.com:11434"), (":56789", "http://127.0.0.1:56789"),
+        ("1.2.3.4:56789/path/", "http://1.2.3.4:56789/path"), ("https://me:secret@example.com", "https://example.com"),
+        ("", "http://127.0.0.1:11434"),
+    ],
+)  # fmt: skip
+def test_addresses_are_read_as_ollama_reads_them(host: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ollama._client import _parse_host
+
+    monkeypatch.setenv("OLLAMA_HOST", host)
+    made = Ollama("bee")
+    assert f"Ollama at {shown} (bee)" == made._whom()
+    assert _parse_host(shown) == _parse_host(host)
+
+
+def test_ollama_host_is_where_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with hostile(GOOD) as server:
+        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{server.port}")
+        assert isinstance(ask(Ollama("bee", think=False, num_ctx=64, keep_alive="5m")), Answer)
+        sent = server.asked[0]
+        assert (sent["think"], sent["options"]["num_ctx"], sent["keep_alive"]) == (False, 64, "5m")
