@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from elara.data.opinions import OpinionFile, StoredOpinion
 from elara.data.tokens import TokenFile
 from elara.errors import ElaraError
 
@@ -25,11 +26,12 @@ class Batch(NamedTuple):
     """Windows of a corpus.
 
     tokens: int64 (batch, seq + 1), `PADDING` where a window is shorter. weights: float32 (batch, seq + 1), what each
-    token counts as a target, 0 = it is read only; None = 1 for all.
+    token counts as a target, 0 = it is read only; None = 1 for all. opinions: of each teacher, behind the first seq.
     """
 
     tokens: Tensor
     weights: Tensor | None = None
+    opinions: tuple[StoredOpinion, ...] = ()
 
 
 class Batches(Dataset[Batch]):
@@ -46,6 +48,7 @@ class Batches(Dataset[Batch]):
         seed: of offset and order.
         rank, world: item `step` of this rank is batch `step * world + rank` of the epoch.
         table: `document_windows` or `packed_windows`; None = the stream.
+        opinions: what teachers said of this split.
 
     Raises:
         ElaraError: the corpus is too small for one batch per rank.
@@ -53,11 +56,11 @@ class Batches(Dataset[Batch]):
 
     def __init__(
         self, tokens: TokenFile, batch_size: int, seq: int, seed: int,
-        *, rank: int = 0, world: int = 1, table: Table | None = None,
+        *, rank: int = 0, world: int = 1, table: Table | None = None, opinions: Sequence[OpinionFile] = (),
     ) -> None:
         self.tokens, self.batch_size, self.seq, self.seed = tokens, batch_size, seq, seed
         self.rank, self.world = rank, world
-        self._table = table
+        self._table, self._opinions = table, tuple(opinions)
         self.windows = max(len(tokens) - seq, 0) // seq if self._table is None else len(self._table[0])
         self.steps = self.windows // (batch_size * world)
         if not self.steps:
@@ -78,9 +81,10 @@ class Batches(Dataset[Batch]):
         first = (step * self.world + self.rank) * self.batch_size
         chosen = self._order[first : first + self.batch_size]
         if self._table is not None:
-            return _read(self.tokens, places(self._table[0][chosen], self._table[1][chosen], self.seq))
+            at = places(self._table[0][chosen], self._table[1][chosen], self.seq)
+            return _read(self.tokens, at, self._opinions)
         starts = chosen * self.seq + epoch_offset(self.seq, self.seed, epoch)
-        return _read(self.tokens, starts[:, None] + np.arange(self.seq + 1))
+        return _read(self.tokens, starts[:, None] + np.arange(self.seq + 1), self._opinions)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_epoch": -1, "_order": np.empty(0, np.int64)}  # workers compute the order themselves
@@ -194,8 +198,9 @@ def places(starts: Int64, lengths: Int64, seq: int) -> Int64:
     return np.where(columns < lengths[:, None], starts[:, None] + columns, -1)
 
 
-def _read(tokens: TokenFile, at: Int64) -> Batch:
+def _read(tokens: TokenFile, at: Int64, opinions: Sequence[OpinionFile] = ()) -> Batch:
     inside = at >= 0
     rows = np.where(inside, tokens.tokens[at].astype(np.int64), PADDING)
     weights = None if tokens.weights is None else np.where(inside, tokens.weights[at].astype(np.float32), 0)
-    return Batch(torch.from_numpy(rows), None if weights is None else torch.from_numpy(weights))
+    said = tuple(file.read(at[:, :-1]) for file in opinions)
+    return Batch(torch.from_numpy(rows), None if weights is None else torch.from_numpy(weights), said)

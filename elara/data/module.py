@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elara.data.batches import Batch, Batches, Order, ValidationBatches, document_windows, packed_windows
 from elara.data.config import DataConfig
+from elara.data.opinions import OpinionFile
 from elara.data.preparation import Prepared, prepare
+from elara.data.sources import CONVERSATIONS
+from elara.data.tokens import TokenFile
 from elara.tokenizer import TokenizerConfig
 
 
@@ -24,6 +30,7 @@ class ElaraData(LightningDataModule):
 
     Attributes:
         position: batches of this rank that are behind; the train loader goes on there. Set it before `fit` to resume.
+        opinions: what teachers said of the training split; part of its batches. Set it before `fit`.
     """
 
     def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, *, seed: int, seq: int) -> None:
@@ -31,6 +38,7 @@ class ElaraData(LightningDataModule):
         self.data, self.tokenizer_config, self.root, self.seed = data, tokenizer, Path(root), seed
         self.seq = data.seq or seq
         self.position = 0
+        self.opinions: Sequence[OpinionFile] = ()
         self._prepared: Prepared | None = None
 
     @property
@@ -39,6 +47,11 @@ class ElaraData(LightningDataModule):
         if self._prepared is None:
             self._prepared = prepare(self.data, self.tokenizer_config, self.root)
         return self._prepared
+
+    @property
+    def chat(self) -> bool:
+        """Whether a model of this data answers in conversations."""
+        return self.data.source in CONVERSATIONS
 
     def prepare_data(self) -> None:
         """Build the token files; Lightning calls this in one process per machine."""
@@ -54,7 +67,12 @@ class ElaraData(LightningDataModule):
         train, table = self.prepared.train, None
         if not self.data.cross_documents:
             table = (packed_windows if self.data.pack else document_windows)(train.ends, self.seq)
-        return Batches(train, self.data.batch_size, self.seq, self.seed, rank=rank, world=world, table=table)
+        if self.data.pack and rank == 0:
+            self._note_split(train)
+        return Batches(
+            train, self.data.batch_size, self.seq, self.seed,
+            rank=rank, world=world, table=table, opinions=self.opinions,
+        )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches from `position` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""
@@ -67,6 +85,15 @@ class ElaraData(LightningDataModule):
         limit = self.data.val_batches
         val = ValidationBatches(self.prepared.val, self.data.batch_size, self.seq, limit=limit, rank=rank, world=world)
         return self._loader(val)
+
+    def _note_split(self, tokens: TokenFile) -> None:
+        """Say how many documents no window can hold whole."""
+        ends = tokens.ends
+        long = int((np.diff(ends, prepend=0) > self.seq + 1).sum())
+        if long:
+            are = "are longer than a window of {} tokens and are split" if long > 1 else (
+                "is longer than a window of {} tokens and is split")
+            print(f"note: {long:,} of {len(ends):,} documents {are.format(self.seq)}", file=sys.stderr, flush=True)
 
     def _loader(self, dataset: Dataset[Batch], sampler: Sampler[int] | None = None) -> DataLoader[Batch]:
         return DataLoader(

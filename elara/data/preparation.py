@@ -62,7 +62,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> Prepare
     folder = root / "prepared" / f"{data.name}-{key}"
     if not (folder / "manifest.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             if not (folder / "manifest.json").exists():
                 _build(source, tokenizers.build(tokenizer, source.text, cache=root / "archives"), recipe, folder)
                 _remove_outdated(folder, recipe)
@@ -80,7 +80,7 @@ def open_prepared(folder: Path) -> Prepared:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Let one process at a time build a folder; the lock goes with its process, however that ends."""
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:

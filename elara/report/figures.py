@@ -18,6 +18,9 @@ from elara.report.metrics import Columns, Values, points, read_metrics, smooth
 from elara.report.style import BLUE, GREEN, GREY, ORANGE, PALETTE, STYLE
 
 
+HEADS = {"ar": "Next token (autoregressive head)", "diffusion": "Draft (diffusion head)"}  # in losses' names
+
+
 @dataclass(frozen=True)
 class Panel:
     """One diagram: `draw` fills an empty figure, or a part of one; size: width and height in inches that suit it."""
@@ -64,8 +67,10 @@ def _compose(found: Sequence[Panel], title: str, *, stacked: bool) -> Figure:
 
 
 def _loss_panels(columns: Columns) -> list[Panel]:
-    heads = [name for name in ("ar", "diffusion") if f"train/loss_{name}" in columns]
-    return [Panel((5.6, 4.0), partial(_loss, columns, head)) for head in heads]
+    losses = [name.removeprefix("train/loss_") for name in columns if name.startswith("train/loss_")]
+    heads = [Panel((5.6, 4.0), partial(_loss, columns, head)) for head in HEADS if head in losses]
+    teachers = [name for name in losses if name not in HEADS]
+    return [*heads, Panel((5.6, 4.0), partial(_teachers, columns, teachers))] if teachers else heads
 
 
 def _loss(columns: Columns, head: str, figure: FigureBase) -> None:
@@ -81,8 +86,20 @@ def _loss(columns: Columns, head: str, figure: FigureBase) -> None:
         axes.annotate(f"{held[best]:.3f}", (held_steps[best], held[best]), textcoords="offset points",
                       xytext=(0, 9), ha="right", color=ORANGE, fontweight="bold")  # fmt: skip
     axes.set_ylim(*_limits(np.concatenate([smooth(values), held])))
-    words = {"ar": "Next token (autoregressive head)", "diffusion": "Draft (diffusion head)"}
-    axes.set(title=words[head], xlabel="optimizer steps", ylabel="cross entropy (nats per token)")
+    axes.set(title=HEADS[head], xlabel="optimizer steps", ylabel="cross entropy (nats per token)")
+    axes.legend()
+
+
+def _teachers(columns: Columns, names: Sequence[str], figure: FigureBase) -> None:
+    """Divergence from every teacher, of both heads, over the steps."""
+    axes = figure.subplots()
+    shown = []
+    for name in names:
+        steps, values = points(columns, f"train/loss_{name}")
+        shown.append(smooth(values))
+        axes.plot(steps, shown[-1], linewidth=1.6, label=name.replace("_diffusion", ", diffusion head"))
+    axes.set_ylim(*_limits(np.concatenate(shown)))
+    axes.set(title="Teachers", xlabel="optimizer steps", ylabel="divergence (nats per token), smoothed")
     axes.legend()
 
 

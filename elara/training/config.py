@@ -31,6 +31,20 @@ class SweepConfig:
 
 
 @dataclass
+class DistillConfig:
+    """How a student learns from the log-probabilities of its teachers."""
+
+    weight: float = 0.5  # of the teachers' loss against the text's own, 0..1
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jensen_shannon
+    temperature: float = 1.0  # of both distributions
+    top_k: int = 32  # tokens that are known one by one
+    diffusion: bool = True  # the diffusion head learns from them too
+    choice: str = "weights"  # weights | lowest_perplexity: how several teachers share a text
+    opinions: str = "stored"  # stored | live: asked once before the run, or at every step
+    context: int = 512  # stored: tokens that a teacher reads at once
+
+
+@dataclass
 class TrainConfig:
     """Everything `python -m elara.train` can be told. Groups without a class of ours are plain Hydra targets."""
 
@@ -47,6 +61,7 @@ class TrainConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)

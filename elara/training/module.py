@@ -22,6 +22,7 @@ from elara.training.losses import Losses, elara_loss
 from elara.training.metrics import Means, loss_figures
 from elara.training.schedules import Factor
 from elara.training.sharding import FSDP
+from elara.training.teaching import Teaching
 
 
 class ElaraModule(lightning.LightningModule):
@@ -32,6 +33,7 @@ class ElaraModule(lightning.LightningModule):
     callbacks read them every `log_every_n_steps`.
 
     optimizer: builds the optimizer from the model. schedule: gives the factor on its rate as a function of the step.
+    teaching: what teachers say of a batch; None without any.
     uneven: not every token of a training window is a target, so that ranks have different numbers of them.
     """
 
@@ -45,20 +47,22 @@ class ElaraModule(lightning.LightningModule):
         schedule: Factor,
         chars_per_token: float | None = None,
         uneven: bool = False,
+        teaching: Teaching | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.seed = seed
         self.chars_per_token = chars_per_token
-        self.uneven = uneven
+        self.uneven, self.teaching = uneven, teaching
         self.strict_loading = False  # the trainer's state holds no weights: they come from model.safetensors
         self._optimizer, self._schedule = optimizer, schedule
         self.balancer = LoadBalancer(model, model.config.moe.bias_update_rate)
         losses = ["loss", "loss_ar"]
         losses += ["loss_diffusion"] if model.config.tidar.block_length else []
         losses += ["moe_penalty"] if model.config.moe.balance_loss or model.config.moe.z_loss else []
-        self.train_means = Means(losses)
+        heard = [] if teaching is None else teaching.figures(model.config.tidar.block_length > 0)
+        self.train_means = Means([*losses, *(f"loss_{name}" for name in heard)])
         self.grad_means = Means(("grad_norm",))
         self.val_means = Means(losses)
         self.load: Tensor | None = None  # (layers, passes, sections, experts) since the last log
@@ -104,10 +108,11 @@ class ElaraModule(lightning.LightningModule):
         generator, place = self._seeded("train", batch_idx), (self.global_rank, self.trainer.world_size)
         losses = elara_loss(
             self.model, batch.tokens, generator, self.tokenizer.mask_id, depth=self._depth(), place=place,
-            weights=batch.weights, over_ranks=self._mean_over_ranks if self.uneven and place[1] > 1 else None,
+            weights=batch.weights, lesson=None if self.teaching is None else self.teaching.lesson(batch),
+            over_ranks=self._mean_over_ranks if self.uneven and place[1] > 1 else None,
         )  # fmt: skip
         self.balancer.add(losses.routing)
-        self.train_means.update(self._parts(losses))
+        self.train_means.update(self._parts(losses, self.train_means))
         return losses.total
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -143,7 +148,7 @@ class ElaraModule(lightning.LightningModule):
         tokens, weights = batch.tokens, batch.weights
         losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, place=place, weights=weights)
         targets = tokens[:, 1:] >= 0 if weights is None else weights[:, 1:] > 0
-        self.val_means.update(self._parts(losses), targets.sum())
+        self.val_means.update(self._parts(losses, self.val_means), targets.sum())
 
     def on_validation_epoch_end(self) -> None:
         """Record the figures of the whole validation under val/."""
@@ -172,11 +177,12 @@ class ElaraModule(lightning.LightningModule):
         }
         checkpoint["state_dict"] = {}
 
-    def _parts(self, losses: Losses) -> list[Tensor]:
-        """The scalars that `train_means` and `val_means` name."""
+    def _parts(self, losses: Losses, means: Means) -> list[Tensor]:
+        """The scalars that `means` names."""
         parts = {"loss": losses.total, "loss_ar": losses.ar, "loss_diffusion": losses.diffusion}
         parts["moe_penalty"] = losses.penalty
-        return [value for name in self.train_means.names if (value := parts[name]) is not None]
+        parts |= {f"loss_{name}": value for name, value in losses.teachers.items()}
+        return [value for name in means.names if (value := parts[name]) is not None]
 
     def _depth(self) -> int | None:
         """Recursion depth of this step, the same for all its micro-batches and ranks; None = the model's own."""

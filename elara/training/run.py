@@ -32,10 +32,12 @@ from elara.runs import Run, claim, find_checkpoint, project_root, shown
 from elara.tokenizer import Tokenizer, TokenizerConfig
 from elara.training.callbacks import Checkpoint
 from elara.training.callbacks.samples import last_sample
+from elara.training.config import DistillConfig
 from elara.training.distributed import environment
 from elara.training.module import ElaraModule
 from elara.training.precision import resolve
 from elara.training.sharding import FSDP
+from elara.training.teaching import Teaching, open_teachers, stored_opinions
 
 GROUPS = ("model", "moe", "trm", "tidar")
 
@@ -120,6 +122,7 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
     trainer = make_trainer(config, settings)
     data = ElaraData(data_config, token_config, project_root() / "data", seed=config.seed, seq=context)
     prepared = data.prepared
+    teaching = learn_from(config, data)
     with torch.device("meta") if elsewhere(trainer) else nullcontext():
         model = ElaraLM(architecture(config, prepared.tokenizer))
     if config.compile:
@@ -134,8 +137,23 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
         schedule=factory(config.schedule, "schedule")(config.trainer.max_steps),
         chars_per_token=val["characters"] / val["tokens"],
         uneven=not data_config.cross_documents or prepared.train.weights is not None,
+        teaching=teaching,
     )
     return Parts(trainer, module, data)
+
+
+def learn_from(config: DictConfig, data: ElaraData) -> Teaching | None:
+    """The teachers of a configuration, and what they say of the training text where that is kept; None without any."""
+    if not config.teachers:
+        return None
+    settings = OmegaConf.to_object(config.distill)
+    assert isinstance(settings, DistillConfig)
+    teaching = Teaching(open_teachers(config.teachers, data.prepared.tokenizer), settings)
+    if settings.opinions == "stored":
+        data.opinions = [stored_opinions(teacher, data.prepared, settings) for teacher in teaching.teachers]
+        for teacher in teaching.teachers:
+            teacher.backend.close()  # its memory is the student's now
+    return teaching
 
 
 def elsewhere(trainer: lightning.Trainer) -> bool:

@@ -90,10 +90,7 @@ def figures_line(figures: dict[str, float], section: str) -> str:
     """`train loss 1.812 (ar 1.602, diffusion 0.420)` from the newest figures; "" while there are none."""
     if f"{section}/loss" not in figures:
         return ""
-    inside = [
-        f"{name} {figures[f'{section}/loss_{name}']:.3f}"
-        for name in ("ar", "diffusion")
-        if f"{section}/loss_{name}" in figures
-    ]
+    start = f"{section}/loss_"  # the heads', then the teachers'
+    inside = [f"{name.removeprefix(start)} {value:.3f}" for name, value in figures.items() if name.startswith(start)]
     line = f"{section} loss {figures[f'{section}/loss']:.3f}"
     return f"{line} ({', '.join(inside)})" if len(inside) > 1 else line

@@ -1,0 +1,104 @@
+"""What a teacher says behind every token of a split, on disk beside the tokens: read with a batch's own windows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elara.data.tokens import token_dtype
+from elara.errors import ElaraError
+
+LOWEST = -1000.0  # log-probabilities below are kept as this
+MANIFEST = "manifest.json"  # written last: a folder that has it is whole
+
+
+class StoredOpinion(NamedTuple):
+    """Of the windows of one batch.
+
+    ids: int64 (batch, seq, k), the likeliest tokens behind each; logprobs: float32 (batch, seq, k + 1), the rest of the
+    vocabulary last, adding up to 1. following: float32 (batch, seq), of the token that does follow.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    following: Tensor
+
+
+class OpinionFile:
+    """One teacher's opinions on one split, memory-mapped. 2 (4 for large vocabularies) + 2 bytes per token and k."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.about: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            n, k, ids = self.about["tokens"], self.about["k"], np.dtype(self.about["ids"])
+            self._ids = _map(folder / "ids", ids, (n, k))
+            self._logprobs = _map(folder / "logprobs", np.dtype("<f2"), (n, k + 1))
+            self._following = _map(folder / "following", np.dtype("<f2"), (n,))
+        except (OSError, ValueError, KeyError) as error:
+            raise ElaraError(f"what a teacher said in {folder} cannot be read ({error}): delete it") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpinionFile, (self.folder,)
+
+    def read(self, places: NDArray[np.int64]) -> StoredOpinion:
+        """Behind the tokens at `places` (batch, seq); those below 0 give anything."""
+        at = places.clip(min=0)
+        logprobs = torch.from_numpy(self._logprobs[at].astype(np.float32)).log_softmax(-1)  # float16 rounds the sum
+        ids = torch.from_numpy(self._ids[at].astype(np.int64))
+        return StoredOpinion(ids, logprobs, torch.from_numpy(self._following[at].astype(np.float32)))
+
+
+class OpinionWriter:
+    """Appends to a folder that may hold a part already; `finish` makes it an `OpinionFile`.
+
+    Attributes:
+        done: tokens that have their opinions on disk.
+    """
+
+    def __init__(self, folder: Path, k: int, vocab_size: int) -> None:
+        self.folder, self.k, self.ids = folder, k, token_dtype(vocab_size)
+        self._rows = {"ids": k * self.ids.itemsize, "logprobs": 2 * (k + 1), "following": 2}  # bytes per token
+        folder.mkdir(parents=True, exist_ok=True)
+        self.done = min(_size(folder / name) // width for name, width in self._rows.items())
+        self._files = {name: (folder / name).open("ab") for name in self._rows}
+        for name, width in self._rows.items():
+            self._files[name].truncate(self.done * width)
+
+    def write(self, ids: Tensor, logprobs: Tensor, following: Tensor) -> None:
+        """ids: (n, k); logprobs: (n, k + 1); following: (n)."""
+        self._files["ids"].write(ids.cpu().numpy().astype(self.ids).tobytes())
+        for name, value in (("logprobs", logprobs), ("following", following)):
+            self._files[name].write(value.cpu().numpy().clip(min=LOWEST).astype("<f2").tobytes())
+        for file in self._files.values():
+            file.flush()
+        self.done += len(ids)
+
+    def finish(self, about: Mapping[str, Any]) -> None:
+        """Write the manifest, behind `stop`; about: more JSON values for it."""
+        manifest = {"tokens": self.done, "k": self.k, "ids": self.ids.str, **about}
+        draft = self.folder / f".{MANIFEST}"
+        draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        draft.replace(self.folder / MANIFEST)
+
+    def stop(self) -> None:
+        """Close the files; what they hold is gone on with another time."""
+        for file in self._files.values():
+            file.close()
+
+
+def _map(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    if (size := _size(file)) != (wanted := int(np.prod(shape)) * dtype.itemsize):
+        raise ValueError(f"{file.name} has {size} bytes instead of {wanted}")
+    return np.asarray(np.memmap(file, dtype, mode="r", shape=shape))
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

@@ -1,0 +1,178 @@
+"""Learning from teachers: their opinions on a run's text, stored before it or asked for at every step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from torch import Tensor
+
+from elara.backends import Backend, TopLogprobs
+from elara.data import Prepared
+from elara.data.batches import Batch
+from elara.data.opinions import MANIFEST, OpinionFile, OpinionWriter, StoredOpinion
+from elara.data.preparation import locked
+from elara.data.progress import Progress
+from elara.errors import ElaraError
+from elara.tokenizer import Tokenizer
+from elara.training.config import DistillConfig
+from elara.training.divergence import KINDS
+from elara.training.losses import Lesson, Opinion
+
+CHOICES = ("weights", "lowest_perplexity")
+OPINIONS = ("stored", "live")
+ROWS = 8  # windows that a teacher reads at once before a run
+
+
+@dataclass
+class Teacher:
+    """A teacher of a run. weight: its share among all of them."""
+
+    name: str
+    weight: float
+    backend: Backend
+
+
+class Teaching:
+    """What the teachers of a run say about its batches: what the batches bring along, or, live, what they answer."""
+
+    def __init__(self, teachers: Sequence[Teacher], settings: DistillConfig) -> None:
+        check(settings)
+        self.teachers, self.settings = teachers, settings
+        total = sum(teacher.weight for teacher in teachers)
+        self._weights = [teacher.weight / total for teacher in teachers]
+
+    def figures(self, drafts: bool) -> list[str]:
+        """Names of the teachers' losses, as `Losses.teachers` has them. drafts: the model has a diffusion head."""
+        names = [teacher.name for teacher in self.teachers]
+        return names + [f"{name}_diffusion" for name in names if drafts and self.settings.diffusion]
+
+    def lesson(self, batch: Batch) -> Lesson:
+        """What is to be learned about a batch."""
+        said = list(batch.opinions) or self._ask(batch.tokens)
+        settings = self.settings
+        shares = self._shares(said, batch)
+        opinions = [
+            Opinion(teacher.name, each.ids, each.logprobs, share)
+            for teacher, each, share in zip(self.teachers, said, shares, strict=True)
+        ]
+        return Lesson(opinions, settings.divergence, settings.temperature, settings.weight, settings.diffusion)
+
+    def _ask(self, tokens: Tensor) -> list[StoredOpinion]:
+        rows = tokens[:, :-1].clamp(min=0)
+        settings = self.settings
+        return [
+            _opinion(teacher.backend.top_logprobs(rows, settings.top_k, settings.temperature))
+            for teacher in self.teachers
+        ]
+
+    def _shares(self, said: Sequence[StoredOpinion], batch: Batch) -> Tensor:
+        """(teachers, batch), each row's adding up to 1."""
+        rows = len(batch.tokens)
+        if self.settings.choice == "weights":
+            return torch.tensor(self._weights, device=batch.tokens.device)[:, None].expand(-1, rows)
+        counts = (batch.tokens[:, 1:-1] >= 0).float()  # asked live they do not know what followed the last one
+        known = torch.stack([(each.following[:, :-1] * counts).sum(1) for each in said])  # (teachers, batch)
+        return torch.zeros_like(known).scatter(0, known.argmax(0, keepdim=True), 1.0)
+
+
+def check(settings: DistillConfig) -> None:
+    """Raise ElaraError for a setting that makes no sense, by its key."""
+    for key, choices in (("divergence", KINDS), ("choice", CHOICES), ("opinions", OPINIONS)):
+        if (value := getattr(settings, key)) not in choices:
+            raise ElaraError(f"distill.{key}={value} is unknown: use {', '.join(choices)}")
+    if not 0 < settings.weight <= 1:
+        raise ElaraError(f"distill.weight={settings.weight} must be above 0 and at most 1")
+    if not 0 < settings.temperature < math.inf:
+        raise ElaraError(f"distill.temperature={settings.temperature} must be above 0")
+    if settings.top_k < 1 or settings.context < 8:
+        raise ElaraError(f"distill.top_k={settings.top_k} must be at least 1, distill.context={settings.context} 8")
+
+
+def open_teachers(teachers: Mapping[str, Mapping[str, Any]], tokenizer: Tokenizer) -> list[Teacher]:
+    """Teachers of a configuration whose log-probabilities a student with this tokenizer can learn from.
+
+    Raises:
+        ElaraError: one that gives none, or has another tokenizer, or a weight that is not above 0.
+    """
+    found = []
+    for name, settings in teachers.items():
+        weight = float(settings["weight"])
+        if not 0 < weight < math.inf:
+            raise ElaraError(f"teachers.{name}.weight={weight} must be a number above 0")
+        backend: Backend = instantiate(settings["backend"])
+        advice = f"collect its text instead: python -m elara.collect teacher=[{name}]"
+        if not backend.capabilities.logits:
+            raise ElaraError(f"teachers.{name} gives no log-probabilities of a given text: {advice}")
+        if backend.fingerprint != tokenizer.fingerprint:
+            raise ElaraError(
+                f"teachers.{name} has another tokenizer than the data: take its own (tokenizer=smollm2 for SmolLM2, "
+                f"tokenizer=huggingface tokenizer.path=... for others), or {advice}"
+            )
+        found.append(Teacher(name, weight, backend))
+    return found
+
+
+def stored_opinions(teacher: Teacher, prepared: Prepared, settings: DistillConfig) -> OpinionFile:
+    """A teacher's opinions on the training split, from disk or asked for now.
+
+    They lie in the prepared folder, under a name that holds a hash of all that changes them. A killed process goes on
+    where it was; a second one waits for the first.
+    """
+    asked = {"teacher": teacher.backend.identity(), "k": settings.top_k, "temperature": settings.temperature,
+             "context": settings.context, "overlap": settings.context // 4}  # fmt: skip
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    folder = prepared.folder / "teachers" / f"{teacher.name}-{key}"
+    if not (folder / MANIFEST).exists():
+        folder.parent.mkdir(exist_ok=True)
+        with locked(folder):
+            if not (folder / MANIFEST).exists():
+                _ask_all(teacher, prepared, settings, folder, asked)
+    return OpinionFile(folder)
+
+
+def _ask_all(
+    teacher: Teacher, prepared: Prepared, settings: DistillConfig, folder: Path, asked: Mapping[str, Any]
+) -> None:
+    """Let a teacher read the split in overlapping windows, so that it always knows some text before a token."""
+    tokens = prepared.train.tokens
+    total = len(tokens) - 1  # behind the last token nothing follows
+    writer = OpinionWriter(folder, settings.top_k, prepared.tokenizer.vocab_size)
+    try:
+        with Progress(f"{teacher.name} reads the training text", "tokens", total, writer.done) as progress:
+            length = min(settings.context - 1, total)  # and a token more is read, to know what followed
+            todo = reading_starts(total, length, writer.done)
+            for starts in (todo[i : i + ROWS] for i in range(0, len(todo), ROWS)):
+                rows = [torch.from_numpy(tokens[at : at + length + 1].astype("int64")) for at in starts]
+                said = _opinion(teacher.backend.top_logprobs(torch.stack(rows), settings.top_k, settings.temperature))
+                for row, start in enumerate(starts):
+                    new = slice(writer.done - start, length)
+                    progress.advance(start + length - writer.done)
+                    writer.write(*(value[row, new] for value in said))
+    finally:
+        writer.stop()
+    writer.finish(asked)
+
+
+def reading_starts(total: int, length: int, done: int = 0) -> list[int]:
+    """Where windows of `length` tokens begin that cover `total` of them and leave out those that end before `done`.
+
+    Each begins a quarter of its length before the end of the one before; the last ends with the text.
+    """
+    stride = length - length // 4
+    starts = (min(at, total - length) for at in range(0, max(total - length // 4, 1), stride))
+    return [start for start in starts if start + length > done]
+
+
+def _opinion(said: TopLogprobs) -> StoredOpinion:
+    """In the form that is stored; nothing follows the last token of a row."""
+    return StoredOpinion(said.ids, torch.cat([said.logprobs, said.rest[..., None]], -1), F.pad(said.following, (0, 1)))
+

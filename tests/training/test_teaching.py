@@ -1,0 +1,236 @@
+"""Teachers' opinions: stored beside the text or asked for live, whose counts how much, and what a run makes of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elara.backends import Backend, TopLogprobs
+from elara.backends.elara import Elara
+from elara.data import DataConfig, Prepared, prepare
+from elara.data.batches import Batch, Batches
+from elara.data.opinions import OpinionFile, StoredOpinion
+from elara.errors import ElaraError
+from elara.tokenizer import TokenizerConfig
+from elara.tokenizer.byte import ByteTokenizer
+from elara.tokenizer.char import CharTokenizer
+from elara.training.config import DistillConfig
+from elara.training.losses import elara_loss
+from elara.training.teaching import Teacher, Teaching, open_teachers, reading_starts, stored_opinions
+
+CONTEXT = 32
+LONGER = ("trainer.max_steps=150", "trainer.val_check_interval=150", "trainer.log_every_n_steps=50")
+
+
+@pytest.fixture(scope="module")
+def taught(session_home) -> str:
+    """A trained model that can teach."""
+    done = session_home.call(*session_home.tiny("name=teacher", "tokenizer=byte", "model.dropout=0", *LONGER))
+    assert done.returncode == 0, done.stderr
+    return str(session_home.only_run("teacher"))
+
+
+@pytest.fixture
+def teacher(taught: str) -> Teacher:
+    return Teacher("elara", 1.0, Elara(taught))
+
+
+@pytest.fixture
+def prepared(session_home, tmp_path: Path) -> Prepared:
+    text = tmp_path / "a.txt"
+    text.write_text(session_home.text.read_text("utf-8")[:700], "utf-8")
+    data = DataConfig("text", "text", str(text), val_fraction=0.3)
+    return prepare(data, TokenizerConfig("byte"), tmp_path / "data")
+
+
+@settings(deadline=None)
+@given(st.integers(1, 500), st.integers(1, 80), st.integers(0, 500))
+def test_windows_cover_a_text_and_know_what_stands_before(total: int, length: int, done: int) -> None:
+    length = min(length, total)
+    starts = reading_starts(total, length)
+    known = 0
+    for start in starts:
+        assert start <= known < start + length <= total
+        assert known == 0 or known - start >= length // 4
+        known = start + length
+    assert known == total
+    assert reading_starts(total, length, done) == [start for start in starts if start + length > done]
+
+
+def test_what_is_stored_is_what_the_teacher_says(teacher: Teacher, prepared: Prepared) -> None:
+    asked = DistillConfig(top_k=7, context=CONTEXT, temperature=1.5)
+    file = stored_opinions(teacher, prepared, asked)
+    tokens, known = prepared.train.tokens, 0
+    total = len(tokens) - 1
+    for start in reading_starts(total, CONTEXT - 1):
+        row = torch.from_numpy(tokens[start : start + CONTEXT].astype(np.int64))[None]
+        said = teacher.backend.top_logprobs(row, 7, 1.5)
+        found = file.read(np.arange(known, start + CONTEXT - 1)[None])
+        new = slice(known - start, CONTEXT - 1)
+        assert torch.equal(found.ids[0], said.ids[0, new])
+        expected = torch.cat([said.logprobs, said.rest[..., None]], -1)[0, new]
+        torch.testing.assert_close(found.logprobs[0], expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(found.following[0], said.following[0, new], rtol=2e-3, atol=2e-3)
+        assert torch.allclose(found.logprobs.exp().sum(-1), torch.ones(()))
+        known = start + CONTEXT - 1
+    assert file.about["tokens"] == known == total
+    assert stored_opinions(teacher, prepared, asked).folder == file.folder
+    other = stored_opinions(teacher, prepared, replace(asked, top_k=3))
+    assert other.folder != file.folder
+
+
+@dataclass
+class Failing:
+    """A real teacher that is killed behind so many calls."""
+
+    backend: Backend
+    calls: int
+
+    def identity(self) -> dict[str, Any]:
+        return self.backend.identity()
+
+    def top_logprobs(self, ids: torch.Tensor, k: int, temperature: float = 1.0) -> TopLogprobs:
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        return self.backend.top_logprobs(ids, k, temperature)
+
+
+def test_an_interrupted_reading_goes_on_and_ends_the_same(teacher: Teacher, prepared: Prepared) -> None:
+    asked = DistillConfig(top_k=4, context=16)
+    whole = stored_opinions(teacher, prepared, asked)
+    files = {name: (whole.folder / name).read_bytes() for name in ("ids", "logprobs", "following")}
+    shutil.rmtree(whole.folder)
+    with pytest.raises(KeyboardInterrupt):
+        stored_opinions(Teacher("elara", 1.0, Failing(teacher.backend, 2)), prepared, asked)  # type: ignore[arg-type]
+    assert 0 < (whole.folder / "following").stat().st_size < len(files["following"])
+    with (whole.folder / "ids").open("ab") as torn:
+        torn.write(b"\1\2\3")  # of a line that a kill cut off
+    again = stored_opinions(teacher, prepared, asked)
+    assert {name: (again.folder / name).read_bytes() for name in files} == files
+
+
+def test_a_damaged_file_is_named(teacher: Teacher, prepared: Prepared) -> None:
+    file = stored_opinions(teacher, prepared, DistillConfig(top_k=4, context=16))
+    (file.folder / "logprobs").write_bytes(b"short")
+    with pytest.raises(ElaraError, match=r"what a teacher said in .* cannot be read \(logprobs has 5 bytes"):
+        OpinionFile(file.folder)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(teacher: Teacher, prepared: Prepared) -> None:
+    backend = teacher.backend
+    assert isinstance(backend, Elara)
+    batch = Batches(prepared.train, 4, 24, seed=1)[0]
+    teaching = Teaching([teacher], DistillConfig(top_k=5, opinions="live", temperature=2.0))
+    model = backend._ready().model
+    losses = elara_loss(model, batch.tokens, torch.Generator().manual_seed(0), 256, lesson=teaching.lesson(batch))
+    assert abs(losses.teachers["elara"].item()) < 1e-5
+    assert losses.teachers["elara_diffusion"].item() > 1e-3
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_opinions_reach_the_tokens_they_are_about(teacher: Teacher, prepared: Prepared, stored: bool) -> None:
+    asked = DistillConfig(top_k=256, context=CONTEXT, opinions="stored" if stored else "live")
+    files = [stored_opinions(teacher, prepared, asked)] if stored else []
+    batch = Batches(prepared.train, 4, 24, seed=1, opinions=files)[1]
+    (opinion,) = Teaching([teacher], asked).lesson(batch).opinions
+    rows = teacher.backend.top_logprobs(batch.tokens[:, :-1], 256)
+    whole = torch.zeros(4, 24, 320).scatter(-1, rows.ids, rows.logprobs.exp())
+    found = torch.zeros(4, 24, 320).scatter(-1, opinion.ids, opinion.logprobs[..., :-1].exp())
+    if stored:  # which knows another text before the window
+        closer = (found - whole).abs().sum(-1).mean()
+        elsewhere = (found.roll(1, 1) - whole).abs().sum(-1).mean()
+        assert closer < 0.5 * elsewhere
+    else:
+        torch.testing.assert_close(found, whole)
+
+
+def test_several_teachers_share_by_weight_or_by_who_knows_the_text(teacher: Teacher, prepared: Prepared) -> None:
+    tokens = torch.stack([torch.from_numpy(prepared.train.tokens[i : i + 25].astype(np.int64)) for i in (0, 30, 60)])
+    tokens[2, 10:] = -1
+    said = teacher.backend.top_logprobs(tokens.clamp(min=0), 3)
+    better = said.following.clone()
+    better[1] -= 1.0
+    better[2, :9] += 0.1
+    better[2, 9:] -= 100.0  # behind the end of the row: does not count
+    stored = [
+        StoredOpinion(said.ids[:, :-1], torch.cat([said.logprobs, said.rest[..., None]], -1)[:, :-1], following)
+        for following in (said.following, better)
+    ]
+    batch = Batch(tokens, None, tuple(stored))
+    pair = [Teacher("a", 3.0, teacher.backend), Teacher("b", 1.0, teacher.backend)]
+    by_weight = Teaching(pair, DistillConfig()).lesson(batch)
+    assert [opinion.share.tolist() for opinion in by_weight.opinions] == [[0.75] * 3, [0.25] * 3]
+    by_text = Teaching(pair, DistillConfig(choice="lowest_perplexity")).lesson(batch)
+    assert [opinion.share.tolist() for opinion in by_text.opinions] == [[1, 1, 0], [0, 0, 1]]
+    assert Teaching(pair, DistillConfig()).figures(drafts=True) == ["a", "b", "a_diffusion", "b_diffusion"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"divergence": "kl"}, "distill.divergence=kl is unknown: use forward_kl, reverse_kl"),
+        ({"choice": "best"}, "distill.choice=best"),
+        ({"opinions": "kept"}, "distill.opinions=kept"),
+        ({"weight": 0.0}, "distill.weight=0.0 must be above 0"),
+        ({"weight": 1.5}, "distill.weight=1.5"),
+        ({"temperature": 0.0}, "distill.temperature=0.0"),
+        ({"top_k": 0}, "distill.top_k=0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ElaraError) as error:
+        Teaching([], DistillConfig(**changed))
+    assert message in str(error.value)
+
+
+def test_teachers_that_do_not_fit_are_named_with_what_to_do(taught: str) -> None:
+    backend = {"_target_": "elara.backends.elara.Elara", "checkpoint": taught}
+    assert open_teachers({"a": {"weight": 2, "backend": backend}}, ByteTokenizer())[0].weight == 2
+    for tokenizer, settings_, message in (
+        (CharTokenizer("abc"), {"weight": 1, "backend": backend}, "teachers.a has another tokenizer than the data"),
+        (ByteTokenizer(), {"weight": 0, "backend": backend}, "teachers.a.weight=0.0"),
+        (
+            ByteTokenizer(), {"weight": 1, "backend": {"_target_": "elara.backends.ollama.Ollama"}},
+            "gives no log-probabilities of a given text: collect its text instead",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ElaraError) as error:
+            open_teachers({"a": settings_}, tokenizer)
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("opinions", ["stored", "live"])
+def test_a_run_learns_from_its_teacher_and_goes_on_where_it_was(home, taught: str, opinions: str) -> None:
+    name = f"student_{opinions}"
+    command = home.tiny(
+        f"name={name}", "teacher=elara", f"teachers.elara.backend.checkpoint={taught}", "tokenizer=byte", "seed=5",
+        f"distill.opinions={opinions}", "distill.top_k=8", "model.n_embd=16", "distill.context=32",
+    )  # fmt: skip
+    done = home.call(*command)
+    assert done.returncode == 0, done.stderr
+    run = home.only_run(name)
+    rows = [row for row in home.rows(run) if row["train/loss"]]
+    for figure in ("train/loss_elara", "train/loss_elara_diffusion", "train/loss_ar"):
+        values = [float(row[figure]) for row in rows]
+        assert np.mean(values[-4:]) < 0.95 * np.mean(values[:4]), figure
+    config = json.loads((run / "summary.json").read_text())
+    assert config
+    (run / "summary.json").unlink()
+    for path in (run / "checkpoints").glob("step-*"):
+        if path.name != "step-16":
+            shutil.rmtree(path)
+    for link in ("last", "best"):
+        (run / "checkpoints" / link).unlink()
+    again = home.call(f"resume={run}")
+    assert again.returncode == 0, again.stderr
+    assert home.rows(run)[-1]["train/loss"] == rows[-1]["train/loss"]
