@@ -17,7 +17,6 @@ from matplotlib.figure import Figure, FigureBase
 from elara.report.metrics import Columns, Values, points, read_metrics, smooth
 from elara.report.style import BLUE, GREEN, GREY, ORANGE, PALETTE, STYLE
 
-
 HEADS = {"ar": "Next token (autoregressive head)", "diffusion": "Draft (diffusion head)"}  # in losses' names
 
 

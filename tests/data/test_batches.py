@@ -170,7 +170,7 @@ def test_weights_go_with_their_tokens(token_file):
         ValidationBatches(tokens, 2, 16),
     ):
         for i in range(len(batches)):
-            rows, weights = batches[i]
+            rows, weights, _ = batches[i]
             assert weights is not None and weights.dtype == torch.float32
             assert torch.equal(weights, torch.where(rows == PADDING, 0, rows % 5).float())
 
