@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PORT = 11434
 EXAMPLE = "host:port"
+SILENT_PULL = 600.0  # seconds that a server may say nothing while it checks what it fetched
 DESCRIBED = ("family", "parameter_size", "quantization_level")
 
 
@@ -112,6 +113,7 @@ class Ollama(Server):
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+        attempt.timeout = max(attempt.timeout, SILENT_PULL)
         self._watch.begin(attempt)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:

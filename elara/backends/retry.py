@@ -114,6 +114,9 @@ class Caller:
             )
             if not failure.again or number > self.limits.retries or delay >= attempt.left:
                 raise self.error(failure, number)
+            if failure.wait:  # nobody else need find it out
+                with self._lock:
+                    self._next_slot = max(self._next_slot, time.monotonic() + failure.wait)
             if cancelled.wait(delay):
                 raise Cancelled
             self._wait_for_slot(cancelled)
@@ -137,11 +140,12 @@ class Caller:
         return BackendError(failure.kind, f"{self.whom()} {failure.why}{tried}{advice}")
 
     def _wait_for_slot(self, cancelled: threading.Event) -> None:
-        if self.limits.requests_per_minute is None:
-            return
+        """Wait until the server's own wish and requests_per_minute allow a request."""
+        per_minute = self.limits.requests_per_minute
         with self._lock:
             slot = max(self._next_slot, time.monotonic())
-            self._next_slot = slot + 60 / self.limits.requests_per_minute
+            if per_minute is not None:
+                self._next_slot = slot + 60 / per_minute
         if cancelled.wait(max(0.0, slot - time.monotonic())):
             raise Cancelled
 

