@@ -16,6 +16,7 @@ from elara.device import find_device
 from elara.errors import ElaraError
 from elara.model import PRECISIONS
 from elara.runs import find_checkpoint
+from elara.tokenizer import Tokenizer
 
 
 @dataclass
@@ -24,9 +25,24 @@ class SampleConfig(SamplingConfig):
 
     checkpoint: str | None = None  # checkpoint folder, run folder or run name
     prompt: str = ""
+    chat: bool | None = None
+    system: str | None = None
     depth: int | None = None
     device: str = "auto"
     precision: str = "float32"
+
+
+class Chat:
+    """A tokenizer for which a prompt is the user's message in a conversation, to be answered next."""
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None) -> None:
+        self.vocab_size, self.mask_id, self.end_id = tokenizer.vocab_size, tokenizer.mask_id, tokenizer.end_id
+        self.role_ids, self.stream_decoder = tokenizer.role_ids, tokenizer.stream_decoder
+        self._tokenizer = tokenizer
+        self._before = [] if system is None else [{"role": "system", "content": system}]
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.apply_chat([*self._before, {"role": "user", "content": text}], generate=True)[0]
 
 
 def sample(config: DictConfig) -> None:
@@ -36,7 +52,8 @@ def sample(config: DictConfig) -> None:
         raise ElaraError(f"precision={wanted.precision} must be one of: {', '.join(PRECISIONS)}")
     folder, device = find_checkpoint(wanted.checkpoint), find_device(wanted.device)
     loaded = checkpoint.load(folder, device=device, precision=wanted.precision)
-    prompt = iter([wanted.prompt])  # shown with the first text, so that a prompt that is refused is not
+    chat = bool(loaded.meta.get("chat")) if wanted.chat is None else wanted.chat
+    prompt = iter([] if chat else [wanted.prompt])  # shown with the first text, so that a prompt that is refused is not
 
     def show(text: str) -> None:
         print(next(prompt, "") + text, end="", flush=True)
@@ -46,7 +63,7 @@ def sample(config: DictConfig) -> None:
         controller = controller_for(loaded, precision=wanted.precision, depth=wanted.depth)
     done = complete(
         loaded.model,
-        loaded.tokenizer,
+        Chat(loaded.tokenizer, wanted.system) if chat else loaded.tokenizer,
         wanted.prompt,
         wanted,
         depth=wanted.depth,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -10,8 +10,8 @@ class DataConfig:
     """Which corpus, how it is split, how batches are cut from it."""
 
     name: str = "shakespeare_char"  # begins the name of the prepared folder
-    source: str = "shakespeare"  # shakespeare | text | hub | parquet | jsonl
-    path: str | None = None  # text, parquet, jsonl: a file or folder; hub: null, or local parquet files instead
+    source: str = "shakespeare"  # shakespeare | text | hub | parquet | jsonl | chat | tool_use
+    path: str | None = None  # text, parquet, jsonl, chat: a file or folder; hub: null, or local parquet files instead
     url: str | None = None  # shakespeare: another place (address or path) for the same archive
     dataset: str | None = None  # hub: name of the dataset
     subset: str | None = None  # hub: configuration of the dataset, where it has several
@@ -20,6 +20,11 @@ class DataConfig:
     text_field: str = "text"  # hub, parquet, jsonl: column that holds the text
     max_documents: int | None = None  # hub, parquet, jsonl: read only so many; null = all
     val_fraction: float = 0.1  # share held out for validation (shakespeare: fixed plays)
+    samples: int = 40000  # tool_use: conversations that are made
+    samples_seed: int = 1  # tool_use: another one makes others
+    families: list[str] = field(  # tool_use: kinds of questions, in equal shares
+        default_factory=lambda: ["arithmetic", "dates", "units", "lookups", "talk"]
+    )
     processes: int | None = None  # hub, parquet, jsonl: processes that tokenise; null = all cores for large data
     batch_size: int = 32  # windows per step and rank
     seq: int | None = None  # window length in tokens; null = model.context_length

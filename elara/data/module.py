@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elara.data.batches import Batch, Batches, Order, ValidationBatches, document_windows, packed_windows
 from elara.data.config import DataConfig
-from elara.data.opinions import OpinionFile
 from elara.data.preparation import Prepared, prepare
 from elara.data.sources import CONVERSATIONS
 from elara.data.tokens import TokenFile
@@ -30,7 +28,6 @@ class ElaraData(LightningDataModule):
 
     Attributes:
         position: batches of this rank that are behind; the train loader goes on there. Set it before `fit` to resume.
-        opinions: what teachers said of the training split; part of its batches. Set it before `fit`.
     """
 
     def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, *, seed: int, seq: int) -> None:
@@ -38,7 +35,6 @@ class ElaraData(LightningDataModule):
         self.data, self.tokenizer_config, self.root, self.seed = data, tokenizer, Path(root), seed
         self.seq = data.seq or seq
         self.position = 0
-        self.opinions: Sequence[OpinionFile] = ()
         self._prepared: Prepared | None = None
 
     @property
@@ -69,10 +65,7 @@ class ElaraData(LightningDataModule):
             table = (packed_windows if self.data.pack else document_windows)(train.ends, self.seq)
         if self.data.pack and rank == 0:
             self._note_split(train)
-        return Batches(
-            train, self.data.batch_size, self.seq, self.seed,
-            rank=rank, world=world, table=table, opinions=self.opinions,
-        )  # fmt: skip
+        return Batches(train, self.data.batch_size, self.seq, self.seed, rank=rank, world=world, table=table)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches from `position` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""

@@ -28,13 +28,14 @@ class EvalConfig:
     task_folder: str | None = None  # folder of your own task files
     task_limit: int | None = None  # items of each task; null = all
     fewshot: int | None = None  # worked examples before each question; null = the task's own number
+    tool_calls: int = 0  # held-out questions that a chat model answers by calling tools; 0 = none
     chat: bool = False  # put every question into the chat template
     seed: int = 0  # of sampled drafts and of few-shot examples
 
     def __post_init__(self) -> None:
         least = {"passage": 16, "batch_tokens": 1, "prompts": 0, "prompt_tokens": 1, "new_tokens": 1,
                  "speed_rounds": 0, "speed_batch": 1, "max_bytes": 1, "stride": 1, "task_limit": 1,
-                 "fewshot": 0}  # fmt: skip
+                 "fewshot": 0, "tool_calls": 0}  # fmt: skip
         for key, low in least.items():
             value = getattr(self, key)
             if value is not None and value < low:

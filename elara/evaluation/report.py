@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from elara.evaluation.calls import MEASURES, CallRates, Share
 from elara.evaluation.loss import difference
 from elara.evaluation.result import Result
 from elara.evaluation.text import HeldOutText
@@ -29,7 +30,7 @@ def table(results: Sequence[Result], text: HeldOutText) -> Table:
     made = Table("", *[result.name for result in results], title=title)
     for column in made.columns[1:]:
         column.justify = "right"
-    for rows in (_loss_rows, _draft_rows, _agreement_rows, _speed_rows, _task_rows):
+    for rows in (_loss_rows, _draft_rows, _agreement_rows, _speed_rows, _call_rows, _task_rows):
         added = [row for row in rows(results) if any(row[1])]
         for what, cells in added:
             made.add_row(what, *[cell or "-" for cell in cells])
@@ -54,10 +55,11 @@ def write(results: Sequence[Result], text: HeldOutText, about: dict[str, Any], f
 
 
 def picture(results: Sequence[Result], text: HeldOutText) -> Figure:
-    """Bits per byte, acceptance by position, tokens per second, scores of tasks: a panel for each that was measured."""
+    """Bits per byte, acceptance by position, speed, tool calls, tasks: a panel for each that was measured."""
     panels: list[Callable[[Axes, Sequence[Result]], None]] = [_bits]
     panels += [_reach] if any(result.drafts and result.drafts.acceptance for result in results) else []
     panels += [_rates] if any(result.speed for result in results) else []
+    panels += [_calls] if any(result.tool_calls for result in results) else []
     panels += [_scores] if any(_accuracies(result) for result in results) else []
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -137,6 +139,27 @@ def _speed_rows(results: Sequence[Result]) -> list[Row]:
     return rows
 
 
+def _call_rows(results: Sequence[Result]) -> list[Row]:
+    """Of all questions every measure; of each family its arguments, in phrasings of training and in others."""
+    every = [{(one.family, one.phrasing): one for one in r.tool_calls.rates} if r.tool_calls else {} for r in results]
+    keys = list(dict.fromkeys(key for own in every for key in own))
+
+    def cells(key: tuple[str, str], measure: str) -> list[str]:
+        return [_with_interval(getattr(own[key], measure)) if key in own else "" for own in every]
+
+    rows = [(f"tool calls, {measure}", cells(("all tools", "all"), measure)) for measure in MEASURES]
+    for family, phrasing in keys:
+        if family != "all tools" and phrasing != "all":
+            measure = "arguments" if family != "talk" else "format"
+            label = "arguments" if family != "talk" else "no call"
+            rows.append((f"  {family}, {label}, phrasings {phrasing}", cells((family, phrasing), measure)))
+    return rows
+
+
+def _with_interval(share: Share) -> str:
+    return f"{share.share:.1%} ({share.low:.0%}-{share.high:.0%} of {share.of})"
+
+
 def _task_rows(results: Sequence[Result]) -> list[Row]:
     rows: list[Row] = []
     for task in dict.fromkeys(task for result in results for task in result.tasks):
@@ -213,6 +236,29 @@ def _rates(axes: Axes, results: Sequence[Result]) -> None:
     axes.grid(False, axis="y")
     axes.set_xlim(0, 1.45 * top)
     axes.set(title="Generation speed", xlabel="tokens per second, greedy; line = quartiles of the rounds")
+
+
+def _calls(axes: Axes, results: Sequence[Result]) -> None:
+    """A group of bars per family: right arguments, solid in phrasings of training, pale in others."""
+    found: list[tuple[int, CallRates]] = []
+    for place, result in enumerate(results):
+        rates = result.tool_calls.rates if result.tool_calls else []
+        found += [(place, one) for one in rates if one.family != "all tools" and one.phrasing != "all"]
+    families = list(dict.fromkeys(one.family for _, one in found))
+    height = 0.8 / (2 * len(results))
+    for place, one in found:
+        share = one.format if one.family == "talk" else one.arguments
+        at = families.index(one.family) + (2 * place + (one.phrasing != "seen") - len(results) + 0.5) * height
+        spread = [[share.share - share.low], [share.high - share.share]]
+        shade = 1.0 if one.phrasing == "seen" else 0.55
+        axes.barh(at, share.share, height=0.9 * height, color=_colour(place), alpha=shade)
+        axes.errorbar(share.share, at, xerr=spread, ecolor="#444444")
+        axes.text(share.high, at, f"  {share.share:.0%}", va="center", fontsize=8)
+    axes.set_yticks(range(len(families)), ["talk\n(no call)" if name == "talk" else name for name in families])
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlim(0, 1.15)
+    axes.set(title="Tool calls with the right arguments", xlabel="share; pale = phrasings not in training; line = 95 %")
 
 
 def _accuracies(result: Result) -> dict[str, tuple[float, float]]:

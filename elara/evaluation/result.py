@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from elara.evaluation.agreement import Agreement
+from elara.evaluation.calls import ToolCalls
 from elara.evaluation.drafts import Drafts
 from elara.evaluation.loss import Loss
 from elara.evaluation.speed import Speed
@@ -24,6 +25,7 @@ class Result:
     drafts: Drafts | None = None
     agreement: list[Agreement] = field(default_factory=list)
     speed: list[Speed] = field(default_factory=list)
+    tool_calls: ToolCalls | None = None
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

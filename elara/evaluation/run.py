@@ -10,6 +10,7 @@ from elara.checkpoint import Loaded
 from elara.data.progress import Progress
 from elara.errors import ElaraError
 from elara.evaluation.agreement import compare_scores
+from elara.evaluation.calls import check_chat, measure_calls
 from elara.evaluation.config import EvalConfig
 from elara.evaluation.drafts import held_out_prompts, measure_drafts
 from elara.evaluation.loss import cut_windows, measure_loss
@@ -78,6 +79,9 @@ def _measure(
                 other.model, windows, batch_tokens=wanted.batch_tokens, depth=depth, advance=progress.advance
             )
         result.agreement.append(compare_scores(precision, windows, scored, rescored))
+    if wanted.tool_calls:
+        with Progress(f"{name}: tool calls", "questions", total=wanted.tool_calls) as progress:
+            result.tool_calls = measure_calls(loaded, wanted.tool_calls, depth=depth, advance=progress.advance)
     if wanted.tasks:
         result.tasks = harness().run_tasks(loaded, wanted, name=name, depth=depth)
     return result
@@ -132,6 +136,9 @@ def compare(
         raise ElaraError("there is no checkpoint to evaluate: give at least one")
     if wanted.tasks:
         harness().find_tasks(wanted.tasks, wanted.task_folder)  # a typo should not wait for the rest
+    if wanted.tool_calls:
+        for name, loaded in models.items():
+            check_chat(name, loaded)
     results, every = [], []
     for name, loaded in models.items():
         precisions = [precision for precision in dict.fromkeys(wanted.precisions) if precision != "float32"]

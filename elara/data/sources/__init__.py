@@ -1,17 +1,19 @@
-"""Where text comes from: Shakespeare, the user's own files, tables of documents local or on the hub."""
+"""Where text comes from: Shakespeare, the user's own files, tables of documents, conversations."""
 
 from pathlib import Path
 
 from elara.data.config import DataConfig
 from elara.data.sources.base import SPLITS, Counts, DocumentSource, Source, Split
+from elara.data.sources.samples import open_samples
 from elara.data.sources.shakespeare import Shakespeare
 from elara.data.sources.table import open_table
 from elara.data.sources.text import open_text
 from elara.errors import ElaraError
 
-__all__ = ["SPLITS", "Counts", "DocumentSource", "Source", "Split", "open_source"]
+__all__ = ["CONVERSATIONS", "SPLITS", "Counts", "DocumentSource", "Source", "Split", "open_source"]
 
-KINDS = ("shakespeare", "text", "hub", "parquet", "jsonl")
+KINDS = ("shakespeare", "text", "hub", "parquet", "jsonl", "chat", "tool_use")
+CONVERSATIONS = ("chat", "tool_use")  # of which the assistant's words are learned
 
 
 def open_source(data: DataConfig, root: Path) -> Source:
@@ -25,4 +27,6 @@ def open_source(data: DataConfig, root: Path) -> Source:
         return open_text(data.path, data.val_fraction, root)
     if data.source in ("hub", "parquet", "jsonl"):
         return open_table(data, root)
+    if data.source in CONVERSATIONS:
+        return open_samples(data, root)
     raise ElaraError(f"data.source={data.source} is unknown: use {', '.join(KINDS)}")

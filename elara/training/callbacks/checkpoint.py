@@ -94,6 +94,8 @@ class Checkpoint(Callback):
             "run": str(self.run.path),
             "parent": self.parent,
         }
+        if trainer.datamodule.chat:  # type: ignore[attr-defined]
+            meta["chat"] = True  # exports carry the chat template, and elara.sample asks instead of continuing
         checkpoint.save(folder, module.model, module.tokenizer, meta=meta, trainer_state=trainer_state)
         checkpoint.link(folder, self.run.last)
         self._prune()

@@ -1,0 +1,152 @@
+"""Conversations as data: what is learned of them, how they are split, packed and refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from elara.data import DataConfig, prepare
+from elara.data.module import ElaraData
+from elara.data.samples import Sample
+from elara.data.sources import open_source
+from elara.data.sources.samples import Chat
+from elara.errors import ElaraError
+from elara.tokenizer import TokenizerConfig
+
+BYTES = TokenizerConfig("byte")
+
+
+def talk(i, answer="yes", weight=1.0):
+    messages = [{"role": "user", "content": f"question {i}?"}, {"role": "assistant", "content": answer}]
+    return Sample(f"s{i}", tuple(messages), weight=weight)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes samples (or plain lines) and gives the configuration that reads them."""
+
+    def write(rows, name="chat.jsonl", **options):
+        file = tmp_path / "samples" / name
+        file.parent.mkdir(exist_ok=True)
+        lines = [row if isinstance(row, str) else json.dumps(row.row()) for row in rows]
+        file.write_text("\n".join(lines) + "\n")
+        given = {"name": "chat", "source": "chat", "path": str(file), "val_fraction": 0.2, "batch_size": 2,
+                 "cross_documents": False, "pack": True, **options}  # fmt: skip
+        return DataConfig(**given)
+
+    return write
+
+
+def documents(tokens):
+    """Ids and weights of each document."""
+    edges = [0, *tokens.ends]
+    return [(tokens.tokens[a:b].tolist(), tokens.weights[a:b].tolist()) for a, b in itertools.pairwise(edges)]
+
+
+def test_only_the_assistant_s_words_and_their_end_are_learned(write, tmp_path):
+    prepared = prepare(write([talk(i, f"answer {i}", weight=0.5 + i % 2) for i in range(60)]), BYTES, tmp_path / "data")
+    tokenizer = prepared.tokenizer
+    found = documents(prepared.train) + documents(prepared.val)
+    assert len(found) == 60 and prepared.manifest["weights"]
+    for ids, weights in found:
+        learned = [i for i, weight in zip(ids, weights, strict=True) if weight]
+        number = int(tokenizer.decode(learned).removeprefix("answer "))
+        assert learned == [*tokenizer.encode(f"answer {number}"), tokenizer.end_id]
+        assert {w for w in weights if w} == {0.5 + number % 2}
+        asked = [{"role": "user", "content": f"question {number}?"}]
+        assert ids == tokenizer.apply_chat([*asked, {"role": "assistant", "content": f"answer {number}"}])[0]
+
+
+def test_texts_are_learned_whole(write, tmp_path):
+    texts = [Sample(f"t{i}", text=f"text {i}", weight=2.0) for i in range(40)]
+    prepared = prepare(write([*texts, *map(talk, range(5))]), BYTES, tmp_path / "data")
+    for ids, weights in documents(prepared.train):
+        if ids[0] < 256:
+            assert prepared.tokenizer.decode(ids).startswith("text ") and ids[-1] == prepared.tokenizer.end_id
+            assert set(weights) == {2.0}
+
+
+def test_the_split_is_by_id_alone_and_near_the_fraction(write, tmp_path):
+    first = Chat(write(map(talk, range(500))).path, 0.2, tmp_path)
+    split = {sample.id: first.split_of(sample) for sample in first.samples()}
+    assert 70 < list(split.values()).count("val") < 130
+    more = Chat(write(map(talk, range(300, 800)), name="more.jsonl").path, 0.2, tmp_path)
+    assert all(split.get(sample.id, more.split_of(sample)) == more.split_of(sample) for sample in more.samples())
+
+
+def test_changed_samples_are_prepared_anew(write, tmp_path):
+    before = prepare(write(map(talk, range(50))), BYTES, tmp_path / "data")
+    assert prepare(write(map(talk, range(50))), BYTES, tmp_path / "data").folder == before.folder
+    after = prepare(write(map(talk, range(51))), BYTES, tmp_path / "data")
+    assert after.folder != before.folder
+    assert not before.folder.exists()
+    assert prepare(write(map(talk, range(51)), val_fraction=0.3), BYTES, tmp_path / "data").folder != after.folder
+
+
+def test_windows_hold_whole_conversations_and_weights_come_along(write, tmp_path):
+    module = ElaraData(write(map(talk, range(200))), BYTES, tmp_path / "data", seed=1, seq=64)
+    assert module.chat
+    batches, user = module.train_batches(), module.prepared.tokenizer.role_ids["user"]
+    every = [batches[i] for i in range(len(batches))]
+    rows = [row for batch in every for row in zip(batch.tokens, batch.weights, strict=True)]
+    assert all(tokens[0] == user for tokens, _ in rows), "every window begins with a conversation"
+    assert np.mean([int((tokens == user).sum()) for tokens, _ in rows]) > 2, "and holds several"
+    assert all(((weights > 0) <= (tokens >= 0)).all() for tokens, weights in rows)
+
+
+def test_what_is_longer_than_a_window_is_split_and_said(write, tmp_path, capsys):
+    module = ElaraData(write([*map(talk, range(50)), talk(99, "long " * 40)]), BYTES, tmp_path / "data", seed=1, seq=64)
+    module.train_batches()
+    assert capsys.readouterr().err == "note: 1 of 43 documents is longer than a window of 64 tokens and is split\n"
+
+
+def test_samples_without_words_of_an_assistant_are_left_out_and_counted(write, tmp_path, capsys):
+    silent = Sample("silent", ({"role": "user", "content": "hello?"},))
+    prepared = prepare(write([*map(talk, range(40)), silent, talk(77, weight=0.0)]), BYTES, tmp_path / "data")
+    assert sum(prepared.manifest[split]["documents"] for split in ("train", "val")) == 40
+    assert capsys.readouterr().err.startswith("note: 2 samples have nothing to learn (no assistant message, ")
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "message"),
+    [
+        ([Sample("a", ({"role": "user", "content": "hello?"},))], {}, "none of its 1 samples has words of an "),
+        ([talk(1)], {}, "no sample fell to the val part; give more or set data.val_fraction"),
+        ([talk(1), "{'id': 3}"], {}, "chat.jsonl, line 2 is not JSON"),
+        ([talk(1), '{"id": "x", "messages": [{"role": "cat"}]}'], {}, "line 2: sample x has a message without a role"),
+        ([talk(1, weight=1e6)], {}, "sample s1 has weight 1e\\+06: give 1000 at most"),
+        ([talk(1)], {"path": None}, "data=chat needs data.path="),
+        ([talk(1)], {"path": "/no/such"}, "/no/such does not exist"),
+        ([talk(1)], {"val_fraction": 0.0}, "data.val_fraction=0.0 must be above 0"),
+        ([], {"source": "tool_use", "families": ["cooking"]}, "data.families: there is no cooking; give some of arith"),
+        ([], {"source": "tool_use", "families": []}, "data.families: none is named"),
+        ([], {"source": "tool_use", "samples": 1}, "data.samples=1 must be at least 2"),
+    ],
+)
+def test_refusals_are_one_line(write, tmp_path, samples, options, message):
+    with pytest.raises(ElaraError, match=message) as error:
+        prepare(write(samples, **options), BYTES, tmp_path / "data")
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_folder_is_refused(write, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ElaraError, match=r"empty holds no samples"):
+        prepare(write([], path=str(tmp_path / "empty")), BYTES, tmp_path / "data")
+
+
+def test_held_out_conversations_can_be_read_as_text(write, tmp_path):
+    source = open_source(write(map(talk, range(50))), tmp_path)
+    found = ["".join(document) for split in ("train", "val") for document in source.documents(split)]
+    assert sorted(found) == sorted(f"question {i}?\nyes\n" for i in range(50))
+
+
+def test_made_conversations_are_data_as_well(tmp_path):
+    windows = {"batch_size": 2, "cross_documents": False, "pack": True}
+    data = DataConfig("tool_use", "tool_use", samples=200, val_fraction=0.1, **windows)
+    module = ElaraData(data, BYTES, tmp_path / "data", seed=1, seq=384)
+    text = module.prepared.tokenizer.decode(module.train_batches()[0].tokens.clamp(min=0).flatten().tolist())
+    assert '<tool_call>{"name": "' in text and '{"result": ' in text
