@@ -83,7 +83,7 @@ class Ollama(Server):
                     advice = "pip install 'elara-hivemind[teachers]'"
                     raise ElaraError(f"the backend ollama needs the package ollama: {advice}") from error
                 auth = credentials(self._parts)
-                self._secrets = {part for part in (os.environ.get("OLLAMA_API_KEY"), *(auth or ())) if part}
+                self._keep_secret(os.environ.get("OLLAMA_API_KEY"), auth[1] if auth else None, self._parts.password)
                 self._client = Client(shown(self._parts), auth=auth, event_hooks=self._watch.hooks)
             return self._client
 

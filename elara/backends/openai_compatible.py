@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NO_KEY = "EMPTY"  # what local servers take for a key
 STOPS = 4  # texts that the API takes; the rest are cut off here
-# Fields that a server may refuse without the answer meaning anything else; `top_k` is among them where it is 0.
+# Fields that a server may refuse and the answer means the same: `top_k` where it is 0, `max_tokens` under its new name.
 OPTIONAL = ("min_p", "top_k", "seed", "max_tokens")
 DESCRIBED = ("owned_by", "root", "max_model_len", "meta")  # of a model's entry; the rest changes from call to call
 
@@ -90,7 +90,7 @@ class OpenAICompatible(Server):
                         "refused", f"the key in {self.api_key_env} has signs that no key has: set it anew"
                     )
                 auth = credentials(self._parts)
-                self._secrets = {part for part in (key, *(auth or ())) if part and part != NO_KEY}
+                self._keep_secret(key if key != NO_KEY else None, auth[1] if auth else None, self._parts.password)
                 client = DefaultHttpxClient(auth=auth, event_hooks=self._watch.hooks)
                 self._client = OpenAI(api_key=key, base_url=shown(self._parts), max_retries=0, http_client=client)
             return self._client
@@ -126,22 +126,35 @@ class OpenAICompatible(Server):
     def _start(self, messages: Messages, params: Params) -> openai.Stream[Any]:
         from openai import BadRequestError, UnprocessableEntityError
 
-        fields = self._fields(messages, params)
+        asked: Any = [dict(message) for message in messages]
+        without = set(self._without)
         while True:
+            fields = self._fields(params, without)
             try:
-                asked: Any = [dict(message) for message in messages]
-                return self._open().chat.completions.create(
+                stream = self._open().chat.completions.create(
                     model=self.model or "", messages=asked, stream=True, extra_body=fields
                 )
             except (BadRequestError, UnprocessableEntityError) as error:
-                said = str(error.body or error.message)
-                refused = next((name for name in OPTIONAL if name in fields and name in said), None)
-                if refused is None or (refused == "top_k" and params.top_k):
+                refused = self._refused(str(error.body or error.message), params, fields, without)
+                if refused is None:
                     raise
-                self._without.add(refused)
-                fields = self._fields(messages, params)
+                without.add(refused)
+            else:
+                self._without |= without  # it was them, as the answer comes without
+                return stream
 
-    def _fields(self, messages: Messages, params: Params) -> dict[str, Any]:
+    def _refused(self, said: str, params: Params, fields: Mapping[str, Any], without: set[str]) -> str | None:
+        """The field that the server's words are about, if the answer means the same without it."""
+        for name in OPTIONAL:
+            if name in said and name in fields and name not in without and name not in self.extra:
+                if name == "top_k" and params.top_k:
+                    continue
+                if name == "max_tokens" and "max_completion_tokens" not in said:
+                    continue
+                return name
+        return None
+
+    def _fields(self, params: Params, without: set[str]) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "max_tokens": params.max_new_tokens, "temperature": params.temperature, "seed": params.seed,
         }  # fmt: skip
@@ -151,9 +164,9 @@ class OpenAICompatible(Server):
             fields["stop"] = list(params.stop[:STOPS])
         if params.logprobs:
             fields |= {"logprobs": True, "top_logprobs": params.logprobs}
-        dropped = self._without - {"top_k"} if params.top_k else self._without
+        dropped = without - {"top_k"} if params.top_k else without
         kept = {name: value for name, value in fields.items() if name not in dropped}
-        if "max_tokens" in self._without:
+        if "max_tokens" in without:
             kept["max_completion_tokens"] = params.max_new_tokens
         return kept | self.extra
 

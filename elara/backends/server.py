@@ -24,10 +24,11 @@ from elara.backends.writing import Piece, Writing
 EMBEDDED_AT_ONCE = 64  # texts per request
 LOGPROBS = (20, 5)  # alternatives to ask for: what OpenAI and Ollama allow, and what older servers do
 NEXT_SEED = 7919
+SECRET = 4  # characters of the shortest key
 QUOTED = 300  # characters of a server's own words in a message
 OUT_OF_MEMORY = re.compile(
     r"out of memory|more (system |gpu )?memory|not enough memory|insufficient memory|bad_alloc|"
-    r"(failed|unable|cannot) to? ?allocate|OutOfMemory",
+    r"(failed to|unable to|cannot) allocate|OutOfMemory",
     re.IGNORECASE,
 )
 
@@ -44,7 +45,7 @@ class Server(ABC):
         self._watch = Watch()
         self._call = Caller(self._whom, limits, self._failure)
         self._given_alternatives: int | None = None
-        self._secrets: set[str] = set()  # cut out of everything that a server says
+        self._secrets: list[str] = []  # cut out of everything that a server says
 
     @property
     def capabilities(self) -> Capabilities:
@@ -210,7 +211,7 @@ class Server(ABC):
         why = f"answered {status}" + (f" ({said})" if said else "")
         if OUT_OF_MEMORY.search(text):
             return Failure("out_of_memory", f"ran out of memory ({said})", "take a smaller model or a shorter context")
-        if status == 429 and "insufficient_quota" not in text:
+        if status == 529 or (status == 429 and "insufficient_quota" not in text):
             return Failure("rate_limited", why, "ask for less at once, or set `requests_per_minute`", again=True,
                            wait=attempt.wait)  # fmt: skip
         if status in (401, 402, 403, 407, 429):
@@ -219,13 +220,19 @@ class Server(ABC):
             return Failure("refused", why, self._about_models())
         if status == 501:
             return Failure("refused", why, "take another server or model for that")
-        if status in (502, 503, 504, 529):
+        if status in (502, 503):
             return Failure("unreachable", why, "wait until it is up", again=True, wait=attempt.wait)
-        if status in (408, 409, 425) or status >= 500:
+        if status in (408, 504):
+            return Failure("timeout", why, "ask for less at once", again=True, wait=attempt.wait)
+        if status in (409, 425) or status >= 500:
             return Failure("failed", why, "look at the server's log", again=True, wait=attempt.wait)
         if field is not None:
             return Failure("refused", why, f"it does not take `{field}` as it was given")
         return Failure("unfit", why, "see whether the conversation fits the model and its context")
+
+    def _keep_secret(self, *secrets: str | None) -> None:
+        # What is shorter is a placeholder, and part of many words.
+        self._secrets = [secret for secret in secrets if secret is not None and len(secret) >= SECRET]
 
     def _quoted(self, text: str) -> str:
         """A server's words for a message: one line, not long, without what is secret."""

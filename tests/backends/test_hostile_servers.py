@@ -99,6 +99,8 @@ def failed(result: Answer | BackendError) -> BackendError:
         (status(429, "insufficient_quota"), "refused", 1, "insufficient_quota"),
         (status(500, "boom"), "failed", 3, "500 (boom)"),
         (status(503, "Loading model"), "unreachable", 3, "Loading model"),
+        (status(529, "overloaded"), "rate_limited", 3, "overloaded"),
+        (status(504, "gateway"), "timeout", 3, "504"),
         (status(404, "no such model"), "refused", 1, "no such model"),
         (status(401, f"bad key {KEY}!"), "refused", 1, "bad key ***!"),
         (status(400, "the request exceeds the context size"), "unfit", 1, "context"),
@@ -532,9 +534,11 @@ def test_the_configuration_names_every_argument_and_builds_the_backend(option: s
 
 def test_fields_that_a_server_does_not_know_are_left_out_where_that_changes_nothing() -> None:
     def act(handler: Handler) -> None:
-        for name in ("min_p", "top_k", "max_tokens"):
+        for name in ("min_p", "top_k"):
             if name in handler.body:
                 return status(400, f"Unrecognized request argument supplied: {name}")(handler)
+        if "max_tokens" in handler.body:
+            return status(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")(handler)
         return GOOD(handler)
 
     with hostile(act) as server:
@@ -545,6 +549,22 @@ def test_fields_that_a_server_does_not_know_are_left_out_where_that_changes_noth
         assert isinstance(ask(made), Answer)
         assert len(server.asked) == before + 1, "found out once"
         assert "top_k" in str(failed(ask(made, Params(top_k=5)))), "what was asked for is not dropped in silence"
+
+
+def test_a_refusal_that_was_about_something_else_changes_nothing() -> None:
+    with hostile(*[status(422, "I got min_p, top_k, seed and max_tokens")] * 4, GOOD) as server:
+        made = backend("openai", server.address)
+        assert failed(ask(made)).kind == "unfit"
+        assert len(server.asked) == 4, "without min_p, top_k, seed"
+        assert isinstance(ask(made), Answer)
+        assert {"min_p", "top_k", "seed", "max_tokens"} < set(server.asked[-1])
+
+
+def test_fields_of_one_s_own_are_never_left_out() -> None:
+    with hostile(status(400, "what is min_p?")) as server:
+        made = OpenAICompatible("bee", f"{server.address}/v1", extra={"min_p": 0.2})
+        assert "min_p" in str(failed(ask(made)))
+        assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize(("names", "kind"), [((), "refused"), (("a", "b"), "refused")])
