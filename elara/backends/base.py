@@ -82,14 +82,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """The k likeliest next tokens behind every position.
+    """The k likeliest next tokens behind every position, in nats, of the whole distribution at a temperature.
 
-    ids: int64 (batch, seq, k); logprobs: float32 (batch, seq, k), nats, of the full distribution, best first. What is
-    missing to a sum of 1 is the mass of all other tokens.
+    ids: int64 (batch, seq, k); logprobs: float32 (batch, seq, k), best first; rest: float32 (batch, seq), of all other
+    tokens together. following: float32 (batch, seq - 1), of the token that does follow, at temperature 1.
     """
 
     ids: Tensor
     logprobs: Tensor
+    rest: Tensor
+    following: Tensor
 
 
 class Backend(Protocol):
@@ -118,7 +120,7 @@ class Backend(Protocol):
         """(index, answer) of every conversation, in the order in which they are done; an error ends its own only."""
         ...
 
-    def top_logprobs(self, ids: Tensor, k: int) -> TopLogprobs:
+    def top_logprobs(self, ids: Tensor, k: int, temperature: float = 1.0) -> TopLogprobs:
         """ids: int64 (batch, seq) of its own tokenizer, full rows without padding."""
         ...
 
@@ -134,10 +136,3 @@ class Backend(Protocol):
 def unsupported(backend: object, what: str) -> BackendError:
     """The error of a method that a backend does not have."""
     return BackendError("refused", f"{type(backend).__name__} gives no {what}: take another teacher for that")
-
-
-def top_k_logprobs(logits: Tensor, k: int) -> TopLogprobs:
-    """logits: (batch, seq, vocab). The normaliser is taken in float32 over the whole vocabulary."""
-    logits = logits.float()
-    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
-    return TopLogprobs(ids, values - logits.logsumexp(-1, keepdim=True))

@@ -18,14 +18,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elara.backends.base import Answer, BackendError, Messages, Params, TokenChoice, TopLogprobs, top_k_logprobs
+from elara.backends.base import Answer, BackendError, Messages, Params, TokenChoice, TopLogprobs
+from elara.backends.local import READ_AT_ONCE, check_ids, choices, last_text, sampling_of, seed_of, top_of
 from elara.backends.stopping import StopText
-from elara.decoding.config import SamplingConfig
+from elara.decoding import SamplingConfig
 from elara.decoding.sampling import draw, probabilities
 from elara.tokenizer.huggingface import HuggingFaceTokenizer
-
-READ_AT_ONCE = 4096  # tokens per forward that no answer is drawn from: bounds the hidden states in memory
-HEAD_AT_ONCE = 512  # positions whose logits are in memory at the same time
 
 
 @dataclass
@@ -40,21 +38,32 @@ class Writing:
     text: str = ""
     finish: str = ""
     tokens: list[TokenChoice] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # of the tokens, in characters
 
     def answer(self) -> Answer | BackendError:
         """What was written; an error of kind `empty` when that is nothing."""
         if not self.text.strip():
             return BackendError("empty", "the model wrote nothing: raise max_new_tokens or ask otherwise")
-        while self.tokens and sum(len(token.text) for token in self.tokens[:-1]) >= len(self.text):
-            self.tokens.pop()  # of a stop text
-        return Answer(self.text, self.finish, tuple(self.tokens))
+        end = len(self.text) if self.stop.met else self.stop.fed + 1  # tokens of a stop text are left out
+        return Answer(
+            self.text, self.finish, tuple(t for t, at in zip(self.tokens, self.starts, strict=True) if at < end)
+        )
 
 
 class Causal:
-    """model, tokenizer: transformers' own. ours: the same tokenizer as Elara's students have it."""
+    """model, tokenizer: transformers' own. ours: the same tokenizer as Elara's students have it. read_at_once: tokens
+    per forward that no answer is drawn from."""
 
-    def __init__(self, model: Any, tokenizer: Any, ours: HuggingFaceTokenizer, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        ours: HuggingFaceTokenizer,
+        device: torch.device,
+        read_at_once: int = READ_AT_ONCE,
+    ) -> None:
         self.model, self.tokenizer, self.ours, self.device = model, tokenizer, ours, device
+        self._read_at_once = read_at_once
         config = model.config.get_text_config()
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self.vocab_size = int(config.vocab_size)
@@ -62,7 +71,8 @@ class Causal:
         self._ends = {ours.end_id}
         for ids in named:
             self._ends |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-        self._silent = self._ends | set(tokenizer.all_special_ids)
+        marked = {token for token, about in tokenizer.added_tokens_decoder.items() if about.special}
+        self._silent = self._ends | marked | set(tokenizer.all_special_ids)
         self._blank = [ours.end_id if ours.end_id < self.vocab_size else 0]  # stands for a text without tokens
         self._anchor = ours.encode("a")[-1:]
         self.text_of = lru_cache(1 << 16)(self._text_of)
@@ -73,8 +83,7 @@ class Causal:
 
         Raises BackendError of kind `unfit` for what the template refuses and for what leaves no room in the context.
         """
-        if not messages:
-            raise BackendError("unfit", "there is no message to answer")
+        text = last_text(messages)
         if self.tokenizer.chat_template:
             try:
                 ids = self.tokenizer.apply_chat_template(
@@ -84,7 +93,7 @@ class Causal:
                 reason = " ".join(str(error).split())[:120]
                 raise BackendError("unfit", f"the model's chat template refuses the conversation: {reason}") from error
         else:
-            ids = self.tokenizer(messages[-1]["content"])["input_ids"]
+            ids = self.tokenizer(text)["input_ids"]
         ids = list(ids) or self._blank
         if self.context is not None and len(ids) >= self.context:
             raise BackendError(
@@ -96,14 +105,8 @@ class Causal:
         """Answer all prompts together: (answer so far, its next piece), a finished answer's last with `finish` set."""
         from transformers import DynamicCache
 
-        sampling = SamplingConfig(
-            max_new_tokens=params.max_new_tokens,
-            temperature=params.temperature,
-            top_k=params.top_k or None,
-            top_p=params.top_p,
-            seed=params.seed,
-        )
-        rows = [self._begin(key, len(prompt), params) for key, prompt in enumerate(prompts)]
+        sampling = sampling_of(params)
+        rows = [self._begin(key, prompt, params) for key, prompt in enumerate(prompts)]
         tokens, mask = _left_padded(prompts)
         tokens, mask = tokens.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -128,9 +131,9 @@ class Causal:
             mask = F.pad(mask, (0, 1), value=1)
             positions = positions[:, -1:] + 1
 
-    def _begin(self, key: int, length: int, params: Params) -> Writing:
-        room = params.max_new_tokens if self.context is None else min(params.max_new_tokens, self.context - length)
-        generator = torch.Generator().manual_seed(params.seed)
+    def _begin(self, key: int, prompt: list[int], params: Params) -> Writing:
+        room = params.max_new_tokens if self.context is None else min(params.max_new_tokens, self.context - len(prompt))
+        generator = torch.Generator().manual_seed(seed_of(params, prompt))
         return Writing(key, room, generator, self.ours.stream_decoder(), StopText(params.stop))
 
     def _draw(self, row: Writing, logits: Tensor, sampling: SamplingConfig) -> int:
@@ -147,7 +150,8 @@ class Causal:
             row.finish = "stop"
         else:
             if params.logprobs:
-                row.tokens.append(self._choice(token, logits, params.logprobs))
+                row.starts.append(row.stop.fed)
+                row.tokens += choices(logits[None], [token], params.logprobs, self.text_of)
             if token not in self._silent:
                 piece = row.stop.feed(row.stream.feed(token))
             if row.stop.met:
@@ -160,38 +164,25 @@ class Causal:
         row.text += piece
         return piece
 
-    def _choice(self, token: int, logits: Tensor, k: int) -> TokenChoice:
-        top = top_k_logprobs(logits, k)
-        chosen = float(logits[token] - torch.logsumexp(logits, -1))
-        alternatives = zip(top.ids.tolist(), top.logprobs.tolist(), strict=True)
-        return TokenChoice(self.text_of(token), chosen, tuple((self.text_of(i), value) for i, value in alternatives))
-
     def _text_of(self, token: int) -> str:
-        """A token's text inside a text; U+FFFD where it is no whole character."""
+        """A token's text inside a text: none of a special token, U+FFFD where it is no whole character."""
         known = self.tokenizer.decode(self._anchor)
-        return str(self.tokenizer.decode([*self._anchor, token])[len(known) :])
+        return str(self.tokenizer.decode([*self._anchor, token], skip_special_tokens=True)[len(known) :])
 
-    def top_logprobs(self, ids: Tensor, k: int) -> TopLogprobs:
+    def top_logprobs(self, ids: Tensor, k: int, temperature: float = 1.0) -> TopLogprobs:
         """See Backend. Raises BackendError `refused` for ids outside the vocabulary and rows beyond the context."""
-        batch, seq = ids.shape
-        if int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
-            raise BackendError(
-                "refused", f"token id {int(ids.max())} is outside the teacher's vocabulary of {self.vocab_size}"
-            )
-        if self.context is not None and seq > self.context:
-            raise BackendError("refused", f"rows of {seq} tokens, the teacher's context holds {self.context}")
-        found = []
+        check_ids(ids, self.vocab_size, self.context)
+        parts = ids.to(self.device).split(max(1, self._read_at_once // ids.shape[1]))
+        shape: Any = None  # of what the blocks return, beside the hidden states
+
+        def hidden() -> Iterator[Tensor]:
+            nonlocal shape
+            for part in parts:
+                shape = self.model.base_model(input_ids=part, use_cache=False)
+                yield shape.last_hidden_state.flatten(0, 1)  # (batch * seq, n_embd)
+
         with torch.no_grad(), self._lock:
-            for part in ids.to(self.device).split(max(1, READ_AT_ONCE // seq)):
-                output = self.model.base_model(input_ids=part, use_cache=False)
-                hidden = output.last_hidden_state.flatten(0, 1)  # (batch * seq, n_embd)
-                for some in hidden.split(HEAD_AT_ONCE):
-                    found.append(top_k_logprobs(self._logits(output, some), k))  # noqa: PERF401 - logits must not live on
-        width = found[0].ids.shape[-1]
-        return TopLogprobs(
-            torch.cat([each.ids for each in found]).view(batch, seq, width).to(ids.device),
-            torch.cat([each.logprobs for each in found]).view(batch, seq, width).to(ids.device),
-        )
+            return top_of(hidden(), lambda some: self._logits(shape, some), k, ids, temperature)
 
     def _logits(self, output: Any, hidden: Tensor) -> Tensor:
         """(positions, vocab) of hidden states (positions, n_embd) out of `output`.
@@ -214,7 +205,7 @@ class Causal:
         vectors: list[Tensor] = [torch.empty(0)] * len(ids)
         with torch.no_grad(), self._lock:
             while order:
-                count = max(1, READ_AT_ONCE // len(ids[order[-1]]))
+                count = max(1, self._read_at_once // len(ids[order[-1]]))
                 part, order = order[-count:], order[:-count]
                 tokens, mask = (x.to(self.device) for x in _left_padded([ids[i] for i in part]))
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def find_folder(model: str, revision: str | None, gguf_file: str | None) -> tupl
 
 
 def _from_hub(model: str, revision: str | None, gguf_file: str | None) -> tuple[Path, str | None]:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
     advice = "give backend.model=<a local folder>"
@@ -41,20 +42,19 @@ def _from_hub(model: str, revision: str | None, gguf_file: str | None) -> tuple[
             "refused", f"the hub refuses {model} ({brief(error)}): check the name, or {advice}"
         ) from error
     except Exception as unreachable:
-        try:  # an earlier snapshot
-            folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
-        except Exception as error:
+        kept = try_to_load_from_cache(model, gguf_file or "config.json", revision=revision)
+        if not isinstance(kept, str):
             reason = f"there is no folder {model}, and the hub cannot be reached ({type(unreachable).__name__})"
-            raise BackendError("unreachable", f"{reason}: check the network, or {advice}") from error
-        return folder, folder.name
+            raise BackendError("unreachable", f"{reason}: check the network, or {advice}") from unreachable
+        return Path(kept).parent, Path(kept).parent.name
     files = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
     try:
-        folder = Path(snapshot_download(model, revision=info.sha, allow_patterns=_wanted(files, gguf_file)))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_wanted(files, gguf_file)))
     except Exception as error:
         raise BackendError(
             "unreachable", f"fetching {model} failed ({brief(error)}): run again, or {advice}"
         ) from error
-    return folder, info.sha
+    return folder, folder.name
 
 
 def _wanted(files: list[str], gguf_file: str | None) -> list[str]:
@@ -69,13 +69,17 @@ def _wanted(files: list[str], gguf_file: str | None) -> list[str]:
 
 
 def revision_of(folder: Path, gguf_file: str | None) -> str:
-    """Hex sha256 over everything in a model's folder that changes what it answers; of large files it is remembered."""
-    suffixes = (".gguf",) if gguf_file else (*SMALL, ".safetensors", ".bin")
-    files = [folder / gguf_file] if gguf_file else sorted(folder.iterdir())
+    """Hex sha256 over everything in a model's folder that changes what it answers."""
+    suffixes = (*SMALL, ".safetensors", ".bin")
+    files = [folder / gguf_file] if gguf_file else [file for file in folder.iterdir() if file.suffix in suffixes]
+    return digest_of(files, folder)
+
+
+def digest_of(files: Iterable[Path], folder: Path) -> str:
+    """Hex sha256 over the names in `folder` and the bytes of those files that exist; of large ones it is remembered."""
     digest = hashlib.sha256()
-    for file in files:
-        if file.is_file() and file.name.endswith(suffixes):
-            digest.update(f"{file.name} {file_hash(file, project_root() / 'data')}\n".encode())
+    for file in sorted(file for file in files if file.is_file()):
+        digest.update(f"{file.relative_to(folder)} {file_hash(file, project_root() / 'data')}\n".encode())
     return digest.hexdigest()
 
 

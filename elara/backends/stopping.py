@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 
 class StopText:
-    """Takes an answer piece by piece and hands out what no stop text can begin in any more."""
+    """Takes an answer piece by piece and hands out what no stop text can begin in any more. fed: characters so far."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
         self.met = False
+        self.fed = 0
 
     def feed(self, piece: str) -> str:
         """The text that is certain to belong to the answer; `met` tells that the answer ends behind it."""
+        self.fed += len(piece)
         text, self._held = self._held + piece, ""
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from elara.backends.base import Answer, BackendError, Capabilities, Messages, Params, TopLogprobs
 from elara.backends.causal import Causal
 from elara.backends.conversion import TOKENIZER_FILE, converted
+from elara.backends.local import READ_AT_ONCE, TOKEN_LOGPROBS, free, memory_explained, no_memory, out_of_memory
 from elara.backends.places import brief, find_folder, library, revision_of
 from elara.data.hashes import file_hash
 from elara.device import find_device
@@ -26,7 +25,6 @@ from elara.tokenizer.huggingface import HuggingFaceTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # of GPT-2, Llama 3, Llama 2, Gemma
-TOKEN_LOGPROBS = 64
 
 
 class Transformers:
@@ -39,6 +37,7 @@ class Transformers:
     """
 
     kind = "transformers"
+    read_at_once = READ_AT_ONCE
 
     def __init__(
         self,
@@ -92,8 +91,7 @@ class Transformers:
 
     def generate(self, messages: Messages, params: Params) -> Iterator[str]:
         causal = self._loaded()
-        _check(params)
-        with _memory_explained():
+        with memory_explained():
             for written, piece in causal.write([causal.prompt(messages)], params):
                 if piece:
                     yield piece
@@ -102,7 +100,6 @@ class Transformers:
 
     def answers(self, conversations: Sequence[Messages], params: Params) -> Iterator[tuple[int, Answer | BackendError]]:
         causal = self._loaded()
-        _check(params)
         prompts: dict[int, list[int]] = {}
         for i, messages in enumerate(conversations):
             try:
@@ -119,27 +116,27 @@ class Transformers:
                         done.add(batch[written.key])
                         yield batch[written.key], written.answer()
             except Exception as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
-                _free()
+                free()
                 if len(batch) == 1:
                     done.add(batch[0])
-                    yield batch[0], _no_memory()
+                    yield batch[0], no_memory()
                 self._at_once = max(1, len(batch) // 2)
             waiting = [i for i in waiting if i not in done]
 
-    def top_logprobs(self, ids: Tensor, k: int) -> TopLogprobs:
-        with _memory_explained():
-            return self._loaded().top_logprobs(ids, k)
+    def top_logprobs(self, ids: Tensor, k: int, temperature: float = 1.0) -> TopLogprobs:
+        with memory_explained():
+            return self._loaded().top_logprobs(ids, k, temperature)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        with _memory_explained():
+        with memory_explained():
             return self._loaded().embed(texts)
 
     def close(self) -> None:
         with self._lock:
             self._causal = None
-        _free()
+        free()
 
     def _source(self) -> tuple[Path, str | None]:
         """The folder that `model` names, and its commit on the hub."""
@@ -190,7 +187,8 @@ class Transformers:
             if self._causal is None:
                 device = find_device(self.device)
                 ours, folder = self.tokenizer(), self._folder()
-                self._causal = Causal(self._open(folder, device), self._their_tokenizer(folder), ours, device)
+                theirs, model = self._their_tokenizer(folder), self._open(folder, device)
+                self._causal = Causal(model, theirs, ours, device, self.read_at_once)
             return self._causal
 
     def _open(self, folder: Path, device: torch.device) -> Any:
@@ -201,8 +199,8 @@ class Transformers:
                 model = library().AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
             return model.to(device).eval()
         except Exception as error:
-            if _out_of_memory(error):
-                raise _no_memory() from error
+            if out_of_memory(error):
+                raise no_memory() from error
             raise BackendError("refused", f"transformers cannot load {self.model}: {brief(error)}") from error
 
 
@@ -212,34 +210,3 @@ def fastest(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     native = torch.cpu.get_capabilities()
     return torch.bfloat16 if native.get("avx512_bf16") or native.get("amx_bf16") else torch.float32
-
-
-def _check(params: Params) -> None:
-    if params.logprobs > TOKEN_LOGPROBS:
-        raise BackendError("refused", f"logprobs={params.logprobs} must be at most {TOKEN_LOGPROBS}")
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
-
-
-def _no_memory() -> BackendError:
-    return BackendError("out_of_memory", "the model or its batch does not fit into memory: lower backend.batch_size")
-
-
-@contextmanager
-def _memory_explained() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if _out_of_memory(error):
-            _free()
-            raise _no_memory() from error
-        raise
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
