@@ -96,7 +96,8 @@ def _teachers(columns: Columns, names: Sequence[str], figure: FigureBase) -> Non
     for name in names:
         steps, values = points(columns, f"train/loss_{name}")
         shown.append(smooth(values))
-        axes.plot(steps, shown[-1], linewidth=1.6, label=name.replace("_diffusion", ", diffusion head"))
+        label = name.replace("_diffusion", ", drafts").replace("_on_policy", ", on policy")
+        axes.plot(steps, shown[-1], linewidth=1.6, label=label)
     axes.set_ylim(*_limits(np.concatenate(shown)))
     axes.set(title="Teachers", xlabel="optimizer steps", ylabel="divergence (nats per token), smoothed")
     axes.legend()

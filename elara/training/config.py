@@ -42,6 +42,7 @@ class DistillConfig:
     choice: str = "weights"  # weights | lowest_perplexity: how several teachers share a text
     opinions: str = "stored"  # stored | live: asked once before the run, or at every step
     context: int = 512  # stored: tokens that a teacher reads at once
+    on_policy: float = 0.0  # share of the steps in which teachers judge what the student itself writes
 
 
 @dataclass

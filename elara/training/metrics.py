@@ -32,14 +32,14 @@ class Means(Metric):
         self.total += row * weight
 
     def compute(self) -> Tensor:
-        """(names) means over all updates and ranks; nan while there was none."""
-        return self.total[:-1] / self.total[-1]
+        """(names + 1) means over all updates and ranks, and behind them what all updates counted."""
+        return torch.cat([self.total[:-1] / self.total[-1], self.total[-1:]])
 
     def read(self) -> dict[str, float]:
-        """The means by name as Python numbers; empties the metric."""
-        means = dict(zip(self.names, self.compute().view(-1).tolist(), strict=True))
+        """The means by name as Python numbers, none while there was no update; empties the metric."""
+        *means, count = self.compute().view(-1).tolist()
         self.reset()
-        return means
+        return dict(zip(self.names, means, strict=True)) if count else {}
 
 
 def loss_figures(section: str, loss_ar: float, chars_per_token: float | None) -> dict[str, float]:

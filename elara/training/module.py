@@ -18,11 +18,13 @@ from elara.errors import ElaraError
 from elara.model import ElaraLM
 from elara.tokenizer import Tokenizer
 from elara.training.balance import LoadBalancer, add_loads
-from elara.training.losses import Losses, elara_loss
+from elara.training.losses import Lesson, Losses, elara_loss
 from elara.training.metrics import Means, loss_figures
 from elara.training.schedules import Factor
 from elara.training.sharding import FSDP
 from elara.training.teaching import Teaching
+
+WRITTEN = "_on_policy"  # ends the names of teachers' losses on what the student wrote itself
 
 
 class ElaraModule(lightning.LightningModule):
@@ -63,6 +65,7 @@ class ElaraModule(lightning.LightningModule):
         losses += ["moe_penalty"] if model.config.moe.balance_loss or model.config.moe.z_loss else []
         heard = [] if teaching is None else teaching.figures(model.config.tidar.block_length > 0)
         self.train_means = Means([*losses, *(f"loss_{name}" for name in heard)])
+        self.written_means = Means([f"loss_{name}{WRITTEN}" for name in heard])  # of what the student wrote itself
         self.grad_means = Means(("grad_norm",))
         self.val_means = Means(losses)
         self.load: Tensor | None = None  # (layers, passes, sections, experts) since the last log
@@ -106,14 +109,26 @@ class ElaraModule(lightning.LightningModule):
         """Returns the loss of this micro-batch."""
         torch.set_autocast_cache_enabled(True)  # Lightning has it off; recursion would cast each weight once per pass
         generator, place = self._seeded("train", batch_idx), (self.global_rank, self.trainer.world_size)
+        batch, lesson, written = self._taught(batch, batch_idx)
+        uneven = self.uneven or written
         losses = elara_loss(
             self.model, batch.tokens, generator, self.tokenizer.mask_id, depth=self._depth(), place=place,
-            weights=batch.weights, lesson=None if self.teaching is None else self.teaching.lesson(batch),
-            over_ranks=self._mean_over_ranks if self.uneven and place[1] > 1 else None,
+            weights=batch.weights, lesson=lesson, over_ranks=self._mean_over_ranks if uneven and place[1] > 1 else None,
         )  # fmt: skip
         self.balancer.add(losses.routing)
-        self.train_means.update(self._parts(losses, self.train_means))
+        means = self.written_means if written else self.train_means
+        means.update(self._parts(losses, means))
         return losses.total
+
+    def _taught(self, batch: Batch, batch_idx: int) -> tuple[Batch, Lesson | None, bool]:
+        """A batch, what teachers say of it, and whether the student wrote it itself, as it does in some steps."""
+        if self.teaching is None:
+            return batch, None, False
+        drawn = _mix(self.seed, "on_policy", self.trainer.global_step) / (1 << 63)
+        if drawn >= self.teaching.settings.on_policy:
+            return batch, self.teaching.lesson(batch), False
+        seed = _mix(self.seed, "written", batch_idx, self.global_rank)
+        return *self.teaching.on_policy(self.model, self.tokenizer, batch, seed), True
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Ask for a validation behind the last step, so that a run never ends without one."""
@@ -179,9 +194,12 @@ class ElaraModule(lightning.LightningModule):
 
     def _parts(self, losses: Losses, means: Means) -> list[Tensor]:
         """The scalars that `means` names."""
-        parts = {"loss": losses.total, "loss_ar": losses.ar, "loss_diffusion": losses.diffusion}
+        parts: dict[str, Tensor | None] = {
+            "loss": losses.total, "loss_ar": losses.ar, "loss_diffusion": losses.diffusion
+        }  # fmt: skip
         parts["moe_penalty"] = losses.penalty
-        parts |= {f"loss_{name}": value for name, value in losses.teachers.items()}
+        for name, value in losses.teachers.items():
+            parts |= {f"loss_{name}": value, f"loss_{name}{WRITTEN}": value}
         return [value for name in means.names if (value := parts[name]) is not None]
 
     def _depth(self) -> int | None:

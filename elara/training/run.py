@@ -46,6 +46,7 @@ HUSHED = (
     r".*does not have many workers.*",  # data.workers=0 is the fast choice for small batches
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r"FSDP2-wrapped module .* returned a view tensor.*",  # nothing is done in place with what a block returns
+    r"The ``compute`` method of metric Means was called before.*",  # what nothing happened to has no figures
     r".*when logging on epoch level in distributed setting.*",  # what is logged is the same on every rank
 )
 
@@ -122,7 +123,7 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
     trainer = make_trainer(config, settings)
     data = ElaraData(data_config, token_config, project_root() / "data", seed=config.seed, seq=context)
     prepared = data.prepared
-    teaching = learn_from(config, data)
+    teaching = learn_from(config, data, trainer)
     with torch.device("meta") if elsewhere(trainer) else nullcontext():
         model = ElaraLM(architecture(config, prepared.tokenizer))
     if config.compile:
@@ -142,15 +143,18 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
     return Parts(trainer, module, data)
 
 
-def learn_from(config: DictConfig, data: ElaraData) -> Teaching | None:
+def learn_from(config: DictConfig, data: ElaraData, trainer: lightning.Trainer) -> Teaching | None:
     """The teachers of a configuration, and what they say of the training text where that is kept; None without any."""
     if not config.teachers:
         return None
     settings = OmegaConf.to_object(config.distill)
     assert isinstance(settings, DistillConfig)
     teaching = Teaching(open_teachers(config.teachers, data.prepared.tokenizer), settings)
-    if settings.opinions == "stored":
+    if settings.on_policy and isinstance(trainer.strategy, FSDP):
+        raise ElaraError("distill.on_policy needs a whole model on every rank: take another trainer than fsdp")
+    if settings.opinions == "stored" and settings.on_policy < 1:
         data.opinions = [stored_opinions(teacher, data.prepared, settings) for teacher in teaching.teachers]
+    if settings.opinions == "stored" and not settings.on_policy:
         for teacher in teaching.teachers:
             teacher.backend.close()  # its memory is the student's now
     return teaching

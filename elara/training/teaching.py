@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from elara.backends import Backend, TopLogprobs
 from elara.data import Prepared
-from elara.data.batches import Batch
+from elara.data.batches import PADDING, Batch
 from elara.data.opinions import MANIFEST, OpinionFile, OpinionWriter, StoredOpinion
 from elara.data.preparation import locked
 from elara.data.progress import Progress
+from elara.decoding import SamplingConfig, generate, writable
 from elara.errors import ElaraError
+from elara.model import ElaraLM
 from elara.tokenizer import Tokenizer
 from elara.training.config import DistillConfig
 from elara.training.divergence import KINDS
@@ -56,7 +58,7 @@ class Teaching:
         return names + [f"{name}_diffusion" for name in names if drafts and self.settings.diffusion]
 
     def lesson(self, batch: Batch) -> Lesson:
-        """What is to be learned about a batch."""
+        """What is to be learned about a batch; with the text's own loss, unless the student wrote it."""
         said = list(batch.opinions) or self._ask(batch.tokens)
         settings = self.settings
         shares = self._shares(said, batch)
@@ -65,6 +67,29 @@ class Teaching:
             for teacher, each, share in zip(self.teachers, said, shares, strict=True)
         ]
         return Lesson(opinions, settings.divergence, settings.temperature, settings.weight, settings.diffusion)
+
+    def on_policy(self, model: ElaraLM, tokenizer: Tokenizer, batch: Batch, seed: int) -> tuple[Batch, Lesson]:
+        """Windows whose second half the student writes; that half is learned, and from the teachers alone.
+
+        On-policy distillation (GKD, arXiv 2306.13649, algorithm 1): what it will meet when it writes, and no gradient
+        through the drawing.
+        """
+        width = batch.tokens.shape[1]
+        prompts = [[token for token in row if token >= 0][: width // 2] for row in batch.tokens.tolist()]
+        more = width - width // 2
+        sampling = SamplingConfig(temperature=1.0, max_new_tokens=more, seed=seed, stop=[tokenizer.end_id])
+        rows = [list(prompt) for prompt in prompts]
+        allowed = writable(tokenizer, model.config.vocab_size).to(batch.tokens.device)
+        with torch.autocast(batch.tokens.device.type, enabled=False):
+            for step in generate(model, prompts, sampling, mode="ar", allowed=allowed):
+                for row, new in zip(rows, step.tokens, strict=True):
+                    row += new
+        tokens, weights = torch.full((len(rows), width), PADDING), torch.zeros(len(rows), width)
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            tokens[i, : len(row)] = torch.tensor(row)
+            weights[i, len(prompt) : len(row)] = 1.0
+        written = Batch(tokens.to(batch.tokens.device), weights.to(batch.tokens.device))
+        return written, replace(self.lesson(written), weight=1.0)
 
     def _ask(self, tokens: Tensor) -> list[StoredOpinion]:
         rows = tokens[:, :-1].clamp(min=0)
@@ -93,6 +118,8 @@ def check(settings: DistillConfig) -> None:
         raise ElaraError(f"distill.weight={settings.weight} must be above 0 and at most 1")
     if not 0 < settings.temperature < math.inf:
         raise ElaraError(f"distill.temperature={settings.temperature} must be above 0")
+    if not 0 <= settings.on_policy <= 1:
+        raise ElaraError(f"distill.on_policy={settings.on_policy} must be between 0 and 1")
     if settings.top_k < 1 or settings.context < 8:
         raise ElaraError(f"distill.top_k={settings.top_k} must be at least 1, distill.context={settings.context} 8")
 

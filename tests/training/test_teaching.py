@@ -20,6 +20,7 @@ from elara.data import DataConfig, Prepared, prepare
 from elara.data.batches import Batch, Batches
 from elara.data.opinions import OpinionFile, StoredOpinion
 from elara.errors import ElaraError
+from elara.model import ElaraLM
 from elara.tokenizer import TokenizerConfig
 from elara.tokenizer.byte import ByteTokenizer
 from elara.tokenizer.char import CharTokenizer
@@ -175,6 +176,35 @@ def test_several_teachers_share_by_weight_or_by_who_knows_the_text(teacher: Teac
     assert Teaching(pair, DistillConfig()).figures(drafts=True) == ["a", "b", "a_diffusion", "b_diffusion"]
 
 
+def test_what_the_student_writes_is_judged_by_the_teacher_alone(teacher: Teacher, prepared: Prepared) -> None:
+    backend = teacher.backend
+    assert isinstance(backend, Elara)
+    torch.manual_seed(0)
+    student = ElaraLM(backend._ready().model.config)
+    tokens = Batches(prepared.train, 3, 24, seed=1)[0].tokens
+    tokens[2, 9:] = -1
+    teaching = Teaching([teacher], DistillConfig(top_k=320))
+    batch, lesson = teaching.on_policy(student, ByteTokenizer(), Batch(tokens), seed=3)
+    again, _ = teaching.on_policy(student, ByteTokenizer(), Batch(tokens), seed=3)
+    other, _ = teaching.on_policy(student, ByteTokenizer(), Batch(tokens), seed=4)
+    assert torch.equal(batch.tokens, again.tokens) and not torch.equal(batch.tokens, other.tokens)
+    assert batch.weights is not None and student.training
+    for row, prompt in ((0, 12), (1, 12), (2, 9)):
+        assert torch.equal(batch.tokens[row, :prompt], tokens[row, :prompt])
+        written = batch.tokens[row, prompt:]
+        assert torch.equal(batch.weights[row] > 0, (torch.arange(25) >= prompt) & (batch.tokens[row] >= 0))
+        ended = (written == 261).nonzero()
+        assert len(ended) <= 1 and ((written < 256) | (written == 261)).all()
+    losses = elara_loss(student, batch.tokens, torch.Generator(), 256, weights=batch.weights, lesson=lesson)
+    logits = student.ar_head(student(batch.tokens.clamp(min=0)[:, :-1]).hidden).log_softmax(-1)
+    teachers = backend._ready().model
+    wanted = teachers.ar_head(teachers(batch.tokens.clamp(min=0)[:, :-1]).hidden).log_softmax(-1)
+    kl = (wanted.exp() * (wanted - logits)).sum(-1)[batch.weights[:, 1:] > 0].mean()
+    assert losses.teachers["elara"].item() == pytest.approx(kl.item(), rel=1e-3)
+    total = losses.teachers["elara"] + 0.5 * losses.teachers["elara_diffusion"]
+    assert losses.total.item() == pytest.approx(total.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -185,6 +215,7 @@ def test_several_teachers_share_by_weight_or_by_who_knows_the_text(teacher: Teac
         ({"weight": 1.5}, "distill.weight=1.5"),
         ({"temperature": 0.0}, "distill.temperature=0.0"),
         ({"top_k": 0}, "distill.top_k=0"),
+        ({"on_policy": 2.0}, "distill.on_policy=2.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(changed: dict[str, Any], message: str) -> None:
@@ -209,19 +240,22 @@ def test_teachers_that_do_not_fit_are_named_with_what_to_do(taught: str) -> None
         assert message in str(error.value)
 
 
-@pytest.mark.parametrize("opinions", ["stored", "live"])
+@pytest.mark.parametrize("opinions", ["stored", "live", "on_policy"])
 def test_a_run_learns_from_its_teacher_and_goes_on_where_it_was(home, taught: str, opinions: str) -> None:
     name = f"student_{opinions}"
     command = home.tiny(
         f"name={name}", "teacher=elara", f"teachers.elara.backend.checkpoint={taught}", "tokenizer=byte", "seed=5",
-        f"distill.opinions={opinions}", "distill.top_k=8", "model.n_embd=16", "distill.context=32",
+        "distill.top_k=8", "model.n_embd=16", "distill.context=32",
+        *(["distill.on_policy=0.4"] if opinions == "on_policy" else [f"distill.opinions={opinions}"]),
     )  # fmt: skip
     done = home.call(*command)
     assert done.returncode == 0, done.stderr
     run = home.only_run(name)
-    rows = [row for row in home.rows(run) if row["train/loss"]]
-    for figure in ("train/loss_elara", "train/loss_elara_diffusion", "train/loss_ar"):
-        values = [float(row[figure]) for row in rows]
+    rows = [row for row in home.rows(run) if row["train/lr"]]
+    suffixes = ["", "_diffusion", *(["_on_policy", "_diffusion_on_policy"] if opinions == "on_policy" else [])]
+    for figure in ("train/loss_ar", *(f"train/loss_elara{suffix}" for suffix in suffixes)):
+        values = [float(row[figure]) for row in rows if row[figure]]
+        assert len(values) >= 6
         assert np.mean(values[-4:]) < 0.95 * np.mean(values[:4]), figure
     config = json.loads((run / "summary.json").read_text())
     assert config

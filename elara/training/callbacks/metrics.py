@@ -22,9 +22,10 @@ class Metrics(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not module.step_ends(batch_idx) or not module.logs:
             return
-        figures = {f"train/{name}": value for name, value in module.train_means.read().items()}
-        figures |= loss_figures("train", figures["train/loss_ar"], module.chars_per_token)
-        figures["train/grad_norm"] = module.grad_means.read()["grad_norm"]
+        means = [metric.read() for metric in _metrics(module).values()]
+        figures = {f"train/{name}": value for found in means for name, value in found.items()}
+        if "train/loss_ar" in figures:
+            figures |= loss_figures("train", figures["train/loss_ar"], module.chars_per_token)
         figures["train/lr"] = module.lr
         if module.load is not None and module.load.numel():
             figures |= moe_figures(module.load, module.model.config.moe_layers)
@@ -47,11 +48,11 @@ class Metrics(Callback):
         if state is None:
             return
         for name, metric in _metrics(module).items():
-            total = state["sums"][name]
+            total = state["sums"].get(name, metric.total)  # one that was not there yet when the run began
             metric.total = (total if trainer.global_rank == 0 else torch.zeros_like(total)).to(metric.total.device)
         module.load = None if state["load"] is None else state["load"].to(module.device)
         module.latest = dict(state["latest"])
 
 
 def _metrics(module: ElaraModule) -> dict[str, Any]:
-    return {"train": module.train_means, "grad": module.grad_means}
+    return {"train": module.train_means, "written": module.written_means, "grad": module.grad_means}
