@@ -180,8 +180,8 @@ class Asking:
 
     def _drop(self, teacher: Teacher, why: str) -> None:
         teacher.dropped = why
-        others = " the others go on" if any(t.dropped is None for t in self.teachers if t is not teacher) else ""
-        self._say(f"{teacher.name} is dropped behind {teacher.answered:,} answers, {why};{others}".rstrip("; "))
+        others = "; the others go on" if any(t.dropped is None for t in self.teachers) else ""
+        self._say(f"{teacher.name} is dropped after {teacher.answered:,} answers, {why}{others}")
 
     def _keep(self, sample: Sample) -> bool:
         try:

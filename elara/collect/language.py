@@ -28,7 +28,7 @@ STOP_WORDS = {
 }  # fmt: skip
 WORDS = {language: frozenset(words.split()) for language, words in STOP_WORDS.items()}
 LETTERS = 4000  # that are looked at
-HITS = 3  # stop words below which a language is not named
+HITS, SHARE = 3, 0.08  # stop words below which a language is not named; its own texts have three times this share
 
 
 def check_language(wanted: str | None) -> None:
@@ -51,7 +51,8 @@ def language_of(text: str) -> str | None:
     """The language of a text in Latin letters; None when too few common words tell, or two languages as many."""
     words = Counter(re.findall(r"[^\W\d_]+", text[:LETTERS].lower()))
     hits = sorted(((sum(words[w] for w in own), language) for language, own in WORDS.items()), reverse=True)
-    return hits[0][1] if hits[0][0] >= HITS and hits[0][0] > hits[1][0] else None
+    (most, language), (second, _) = hits[:2]
+    return language if most >= max(HITS, SHARE * words.total()) and most > second else None
 
 
 def is_other(text: str, wanted: str) -> bool:

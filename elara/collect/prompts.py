@@ -14,7 +14,8 @@ from pathlib import Path
 from elara.collect.config import PromptsConfig
 from elara.data import DataConfig
 from elara.data.samples import SUFFIXES, Message, Sample, read_samples
-from elara.data.sources import open_source
+from elara.data.sources import Source, open_source
+from elara.data.sources.samples import SampleSource
 from elara.errors import ElaraError
 
 CONTINUE = "Continue this text:\n\n{passage}"  # the template of passages where none is given
@@ -59,11 +60,7 @@ def read_prompts(wanted: PromptsConfig, data: DataConfig | None, root: Path) -> 
     """
     if (wanted.path is None) == (data is None):
         raise ElaraError("prompts come from one place: give prompts.path=<samples or a text file> or data=<a data set>")
-    if data is not None:
-        texts = passages(data, root, wanted.passage)
-        rows: Iterator[Prompt | None] = (_text(t, wanted, CONTINUE) for t in islice(texts, _most(wanted.limit)))
-    else:
-        rows = _from_path(wanted)
+    rows = _from_path(wanted) if data is None else _from_data(wanted, open_source(data, root))
     seen: set[str] = set()
     unanswerable = repeated = 0
 
@@ -99,10 +96,10 @@ def question(sample: Sample) -> tuple[Message, ...] | None:
     return asked if asked and asked[-1]["role"] in ("user", "tool") else None
 
 
-def passages(data: DataConfig, root: Path, length: int) -> Iterator[str]:
+def passages(source: Source, length: int) -> Iterator[str]:
     """The training documents of a corpus in pieces of at most `length` characters that end with a word where one ends
     in their last quarter. The rest of a document is left out when it is shorter than a quarter."""
-    for document in open_source(data, root).documents("train"):
+    for document in source.documents("train"):
         kept = ""
         for piece in document:
             kept += piece
@@ -122,16 +119,23 @@ def passages(data: DataConfig, root: Path, length: int) -> Iterator[str]:
 def _from_path(wanted: PromptsConfig) -> Iterator[Prompt | None]:
     assert wanted.path is not None
     path = Path(wanted.path).expanduser()
-    if path.is_dir() or path.suffix in SUFFIXES or not path.is_file():
-        for sample in read_samples(path):
-            if sample.text is not None:
-                yield _text(sample.text, wanted, "{passage}")
-            else:
-                messages = question(sample)
-                yield None if messages is None else _prompt(messages, wanted.system)
-        return
-    for text in _pieces(path, wanted.split):
-        yield _text(text, wanted, "{passage}")
+    if path.is_file() and path.suffix not in SUFFIXES:
+        return (_text(text, wanted, "{passage}") for text in _pieces(path, wanted.split))
+    return (_sample(sample, wanted) for sample in read_samples(path))
+
+
+def _from_data(wanted: PromptsConfig, source: Source) -> Iterator[Prompt | None]:
+    if isinstance(source, SampleSource):  # conversations are asked as they are
+        return (_sample(sample, wanted) for sample in source.samples() if source.split_of(sample) == "train")
+    most = None if wanted.limit is None else max(READ, 16 * wanted.limit)
+    return (_text(text, wanted, CONTINUE) for text in islice(passages(source, wanted.passage), most))
+
+
+def _sample(sample: Sample, wanted: PromptsConfig) -> Prompt | None:
+    if sample.text is not None:
+        return _text(sample.text, wanted, "{passage}")
+    messages = question(sample)
+    return None if messages is None else _prompt(messages, wanted.system)
 
 
 def _pieces(file: Path, split: str) -> Iterator[str]:
@@ -162,6 +166,3 @@ def _prompt(messages: tuple[Message, ...], system: str | None) -> Prompt:
 def _rank(prompt: Prompt, seed: int | None) -> str:
     return digest([seed, prompt.id])
 
-
-def _most(limit: int | None) -> int | None:
-    return None if limit is None else max(READ, 16 * limit)

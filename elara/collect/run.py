@@ -19,7 +19,8 @@ from elara.collect.progress import Bars
 from elara.collect.prompts import Prompts, read_prompts
 from elara.collect.store import Store
 from elara.collect.student import Student
-from elara.collect.views import DISAGREEMENT, KEPT, REJECTED, Kept, write_copy, write_disagreement, write_kept
+from elara.collect.views import DISAGREEMENT, REJECTED, Kept, write_copy, write_disagreement, write_kept
+from elara.data.samples import KEPT
 from elara.device import find_device
 from elara.errors import ElaraError, Interrupted
 
@@ -53,11 +54,15 @@ def run(wanted: CollectConfig, *, chosen: bool) -> Path:
         apart = write_disagreement(store)
         copy = write_copy(store) if wanted.store.parquet else None
         total = len(store)
-    _summary(console, wanted, folder, total, asked, kept, apart)
-    if copy is not None:
-        console.print(f"copy      {runs.shown(copy)}")
+    _summary(console, asked, kept, apart)
+    files = [REJECTED] * bool(kept.rejected) + [DISAGREEMENT] * bool(apart) + ([copy.name] if copy is not None else [])
+    console.print(f"store     {runs.shown(folder)}: {total:,} answers; {', '.join([KEPT, *files])}")
     if not in_time:
         console.print(f"time      minutes={wanted.minutes:g} are over; the same command goes on")
+    if kept.kept:
+        console.print(f"next      python -m elara.train data=chat data.path={runs.shown(folder / KEPT)}")
+    else:
+        console.print(f"next      see {runs.shown(folder / REJECTED)}: the filters kept nothing")
     if failed := [t for t in asked if t.dropped is not None or (t.failed and not t.answered + t.before)]:
         whys = [f"teacher {t.name} failed: {t.dropped or _listed(t.failed)}" for t in failed]
         raise ElaraError(f"{'; '.join(whys)}; what was answered is kept")
@@ -119,9 +124,6 @@ def _receivers(wanted: CollectConfig) -> str:
 
 def _summary(
     console: Console,
-    wanted: CollectConfig,
-    folder: Path,
-    total: int,
     asked: Sequence[Teacher],
     kept: Kept,
     apart: Mapping[tuple[str, str], tuple[float, int]],
@@ -147,12 +149,6 @@ def _summary(
         console.print(f"filtered  {name}: {kept.kept[name]:,} kept{why}")
     for (a, b), (mean, number) in apart.items():
         console.print(f"apart     {a} and {b}: {mean:.2f} over {number:,} prompts (0 = equal, 1 = nothing in common)")
-    files = [KEPT, *([REJECTED] if kept.rejected else []), *([DISAGREEMENT] if apart else [])]
-    console.print(f"store     {runs.shown(folder)}: {total:,} answers; {', '.join(files)}")
-    if kept.kept:
-        console.print(f"next      python -m elara.train data=chat data.path={runs.shown(folder / KEPT)}")
-    else:
-        console.print(f"next      see {runs.shown(folder / REJECTED)}: the filters kept nothing")
 
 
 def _listed(counts: Counter[str]) -> str:

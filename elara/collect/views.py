@@ -17,9 +17,9 @@ from elara.collect.disagreement import disagreements
 from elara.collect.filters import Filters, answer
 from elara.collect.store import Store
 from elara.data.progress import Progress
-from elara.data.samples import write_parquet
+from elara.data.samples import KEPT, write_parquet
 
-KEPT, REJECTED, DISAGREEMENT, PARQUET = "kept.jsonl", "rejected.jsonl", "disagreement.jsonl", "answers.parquet"
+REJECTED, DISAGREEMENT, PARQUET = "rejected.jsonl", "disagreement.jsonl", "answers.parquet"
 BATCH = 256  # answers judged together
 
 
@@ -60,9 +60,10 @@ def write_kept(store: Store, filters: Filters, weights: Mapping[str, float]) -> 
 def write_disagreement(store: Store) -> dict[tuple[str, str], tuple[float, int]]:
     """Write disagreement.jsonl; returns mean and number of prompts for each pair of teachers."""
     found: dict[tuple[str, str], list[float]] = {}
-    with whole(store.folder / DISAGREEMENT) as file:
+    with whole(store.folder / DISAGREEMENT) as file, Progress("comparing", "prompts") as progress:
         for row in disagreements(store):
             _write(file, row)
+            progress.advance(1)
             for pair in row["pairs"]:
                 a, b = pair["teachers"]
                 found.setdefault((a, b), []).append(pair["disagreement"])

@@ -22,6 +22,7 @@ from elara.tokenizer import ROLES
 Message = dict[str, str]  # role and content
 
 SUFFIXES = (".jsonl", ".parquet")
+KEPT = "kept.jsonl"  # of a store of elara.collect: the samples beside it are the same ones and those that were rejected
 COLUMNS = ("id", "messages", "text", "source", "weight", "provenance")
 
 
@@ -80,10 +81,15 @@ class Sample:
 
 
 def sample_files(path: Path | str) -> list[Path]:
-    """The sample files of a path: itself, or all of a folder, by name; ElaraError if there are none."""
+    """The sample files of a path: itself, or all of a folder, by name; ElaraError if there are none.
+
+    Of a store of elara.collect only what its filters kept is meant.
+    """
     place = Path(path).expanduser()
     if place.is_dir():
         files = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
+        stores = {file.parent for file in files if file.name == KEPT}
+        files = [file for file in files if file.name == KEPT or file.parent not in stores]
         if not files:
             raise ElaraError(f"{path} holds no samples: files that end in {' or '.join(SUFFIXES)} are needed")
         return files

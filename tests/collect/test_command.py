@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from elara.data.samples import read_samples
+
 
 def test_every_prompt_is_answered_once_with_all_that_is_known_about_it(collector, oracle):
     server = oracle()
@@ -87,7 +89,7 @@ def test_a_teacher_that_is_down_is_dropped_and_the_others_go_on(collector, oracl
     assert [row["provenance"]["teacher"] for row in collector.rows("kept.jsonl")] == ["up", "up"]
     assert "up: 2 answered" in out
     assert err.count("\n") == 2
-    assert "down is dropped behind 0 answers, unreachable" in err
+    assert "down is dropped after 0 answers, unreachable" in err
     assert err.splitlines()[1].startswith("error: teacher down failed: unreachable")
 
 
@@ -172,6 +174,8 @@ def test_filtering_anew_asks_nobody(collector, oracle):
     (rejected,) = collector.rows("rejected.jsonl")
     assert (rejected["reason"], rejected["answer"]) == ("refusal", "As an AI, I cannot")
     assert len(collector.rows()) == 2, "the store keeps what is rejected"
+    folder = collector.home / "data" / "collected"
+    assert [sample.row() for sample in read_samples(folder)] == collector.rows("kept.jsonl"), "what a training reads"
     code, out, _ = collector("teacher=[]", "filters.refusals=[]")
     assert code == 0
     assert len(collector.rows("kept.jsonl")) == 2
@@ -179,13 +183,12 @@ def test_filtering_anew_asks_nobody(collector, oracle):
 
 
 def test_parquet_holds_the_same_answers(collector, oracle):
-    from elara.data.samples import read_samples
-
     server = oracle()
     code, _, _ = collector(collector.ask(["one?", "two?"]), collector.teachers(oracle=server), "store.parquet=true")
     assert code == 0
     folder = collector.home / "data" / "collected" / "teachers"
     assert list(read_samples(folder / "answers.parquet")) == list(read_samples(folder / "answers.jsonl"))
+    assert len(list(read_samples(folder))) == 2
     assert not [file for file in folder.iterdir() if file.suffix == ".draft"]
 
 

@@ -10,6 +10,7 @@ from elara.collect.config import PromptsConfig
 from elara.collect.prompts import Prompt, passages, read_prompts
 from elara.data import DataConfig
 from elara.data.samples import Sample, write_parquet
+from elara.data.sources import open_source
 from elara.errors import ElaraError
 
 
@@ -101,6 +102,16 @@ def test_passages_are_of_the_training_part_and_to_be_continued(tmp_path):
     assert all(text.startswith("Ask about word") and text.endswith("!") for text in contents(found))
 
 
+def test_conversations_of_a_data_set_are_asked_as_they_are(tmp_path):
+    rows = [Sample(f"{i}", (turn("user", f"{i}?"), turn("assistant", "yes"))) for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(sample.row()) + "\n" for sample in rows))
+    data = DataConfig(name="chat", source="chat", path=str(tmp_path / "a.jsonl"), val_fraction=0.2)
+    found = read(tmp_path, data)
+    held_out = ["".join(pieces) for pieces in open_source(data, tmp_path).documents("val")]
+    assert 5 <= len(held_out) <= 40
+    assert contents(found) == sorted({f"{i}?" for i in range(100)} - {text.split("\n")[0] for text in held_out})
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.text("ab \n", max_size=400), st.integers(16, 90))
 def test_passages_cover_the_text_in_order(tmp_path_factory, text, length):
@@ -108,7 +119,7 @@ def test_passages_cover_the_text_in_order(tmp_path_factory, text, length):
     (folder / "a.txt").write_text("word " * 4 + text)
     data = DataConfig(name="text", source="text", path=str(folder / "a.txt"), val_fraction=0.1)
     whole = ("word " * 4 + text)[: int((20 + len(text)) * 0.9)]
-    found = list(passages(data, folder, length))
+    found = list(passages(open_source(data, folder), length))
     assert all(0 < len(passage) <= length and passage in whole for passage in found)
     read, there = ("".join(text.split()) for text in ("".join(found), whole))
     assert there.startswith(read)
