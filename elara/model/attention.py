@@ -19,7 +19,7 @@ from elara.model.attention_cpu import CHUNK
 from elara.model.cache import KVCache
 from elara.model.linear import Linear
 from elara.model.moe import DraftRouting
-from elara.model.norm import RMSNorm
+from elara.model.norm import RMSNorm, norm_heads
 from elara.model.section import MaskSection
 
 FEW_QUERIES = 16  # below, plain matmuls are the slower ones in decoding
@@ -92,8 +92,10 @@ def section_chunks(section: MaskSection, keys: int, device: torch.device) -> lis
         part = starts[:, first : first + per_chunk]
         blocks = part.shape[1]
         read = keys if part.is_cuda else min(keys, int(part.max()))
-        clean = torch.arange(read) < part.cpu()[..., None] if not part.is_cuda else (
-            torch.arange(read, device=part.device) < part[..., None]
+        clean = (
+            torch.arange(read) < part.cpu()[..., None]
+            if not part.is_cuda
+            else (torch.arange(read, device=part.device) < part[..., None])
         )
         own = torch.eye(blocks, dtype=torch.bool, device=part.device).expand(part.shape[0], -1, -1)
         mask = torch.cat([clean, own.repeat_interleave(length, 2)], 2).repeat_interleave(length, 1)
@@ -132,9 +134,13 @@ class Attention(nn.Module):
         batch, total = qkv.shape[:2]
         heads, kv, seq = self.n_head, self.n_kv_head, view.seq
         q, k, v = qkv.split([heads, kv, kv], dim=2)
-        q = _rotate(self.q_norm(q), view).transpose(1, 2)  # (batch, heads, total, head_dim)
-        k = _rotate(self.k_norm(k), view).transpose(1, 2)
-        v = v.transpose(1, 2)
+        if qkv.device.type == "cpu" and not torch.is_grad_enabled():  # a token's time is its kernels' number
+            weights = [(heads, self.q_norm.weight), (kv, self.k_norm.weight)]
+            turned = _rotate(norm_heads(qkv[:, :, : heads + kv], weights, self.q_norm.eps), view)
+            q, k = turned.split([heads, kv], dim=2)
+        else:
+            q, k = _rotate(self.q_norm(q), view), _rotate(self.k_norm(k), view)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (batch, heads, total, head_dim)
         first_queries = seq if view.chunks else total
         keys, values = k[:, :, :first_queries], v[:, :, :first_queries]
         if view.cache is not None:
@@ -176,7 +182,9 @@ def _trains_on_cpu(qkv: Tensor, view: View) -> bool:
 
 def _rotate(x: Tensor, view: View) -> Tensor:
     """RoPE of x (batch, tokens, heads, head_dim), the first tokens of the view."""
-    cos, sin = (angle[:, : x.shape[1]].to(x.dtype) for angle in (view.cos, view.sin))
+    cos, sin = view.cos.to(x.dtype), view.sin.to(x.dtype)
+    if x.shape[1] < cos.shape[1]:
+        cos, sin = cos[:, : x.shape[1]], sin[:, : x.shape[1]]
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 

@@ -58,16 +58,16 @@ class KVCache:
         end = max(self.lengths) + new
         if end > self.capacity:
             raise ElaraError(f"the KV cache holds {self.capacity} tokens and {end} are needed: make it larger")
-        keys, values = self.k[layer, : self.batch], self.v[layer, : self.batch]
+        keys, values = self.k[layer, : self.batch, :, :end], self.v[layer, : self.batch, :, :end]
         if min(self.lengths) == max(self.lengths):
-            keys[:, :, end - new : end] = k
-            values[:, :, end - new : end] = v
+            keys.narrow(2, end - new, new).copy_(k)
+            values.narrow(2, end - new, new).copy_(v)
         else:
             rows = torch.arange(self.batch, device=k.device)[:, None]
             places = torch.tensor(self.lengths, device=k.device)[:, None] + torch.arange(new, device=k.device)
             keys[rows, :, places] = k.transpose(1, 2).to(keys.dtype)  # (batch, new, n_kv_head, head_dim)
             values[rows, :, places] = v.transpose(1, 2).to(values.dtype)
-        return keys[:, :, :end], values[:, :, :end]
+        return keys, values
 
     def advance(self, new: int) -> None:
         """Count the `new` tokens that every layer has appended as valid."""

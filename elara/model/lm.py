@@ -209,6 +209,7 @@ class ElaraLM(nn.Module):
             else:
                 visible, causal = section_visible(section, place, keys), False
         cos, sin = rope_angles(where, self.config.head_dim, self.config.model.rope_base)
+        cos, sin = cos.to(self.embed.weight.dtype), sin.to(self.embed.weight.dtype)
         return View(seq, cos, sin, visible, causal, chunks, cache, drafts)
 
     def _draft_routing(self, section: MaskSection, past: Tensor, seq: int) -> DraftRouting | None:

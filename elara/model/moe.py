@@ -201,9 +201,11 @@ class Experts(nn.Module):
     def _decode(self, x: Tensor, choice: Choice, weights: Weights) -> Tensor:
         """What a decoding step needs: every expert that is chosen at all is read once, for all of its rows."""
         if len(x) == 1:
-            pairs = zip(choice.experts[0].tolist(), choice.gates[0].tolist(), strict=True)
-            parts = [self.expert(e, x, weights).mul_(gate) for e, gate in pairs]
-            return torch.stack(parts).sum(0)
+            (first, gate), *rest = zip(choice.experts[0].tolist(), choice.gates[0].tolist(), strict=True)
+            total = self.expert(first, x, weights).mul_(gate)
+            for e, gate in rest:
+                total.add_(self.expert(e, x, weights), alpha=gate)
+            return total
         flat = choice.experts.flatten()  # (tokens * top_k)
         order = flat.argsort(stable=True)
         sizes = torch.bincount(flat, minlength=len(weights[0])).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -54,6 +55,18 @@ class _RMSNorm(torch.autograd.Function):
         pull = along.mul_(inverse.pow(3)).div_(-width).to(x.dtype)
         grad_x = (grad * inverse.to(x.dtype)).mul_(weight.to(x.dtype)).addcmul_(x, pull)
         return grad_x.to(ctx.dtype), grad_weight, None, None
+
+
+def norm_heads(x: Tensor, weights: Sequence[tuple[int, Tensor]], eps: float) -> Tensor:
+    """RMSNorm of x (..., heads, head_dim) on a CPU and without gradients, in one go for heads of several weights.
+
+    weights: how many heads have it, and the weight (head_dim).
+    """
+    out, first = x * _inverse(x, eps).to(x.dtype), 0
+    for count, weight in weights:
+        out.narrow(-2, first, count).mul_(weight.to(x.dtype))
+        first += count
+    return out
 
 
 class RMSNorm(nn.Module):

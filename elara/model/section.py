@@ -82,9 +82,7 @@ def draw_section(
     return section, Supervision(targets, weights)
 
 
-def _random_mask(
-    batch: int, blocks: int, config: TiDARConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _random_mask(batch: int, blocks: int, config: TiDARConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Which tokens are hidden and their loss weights, both (batch, blocks * length). Times are stratified."""
     count = batch * blocks
     time = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
