@@ -41,10 +41,10 @@ class Ollama(Server):
         concurrency: int = 1, timeout: float = 120.0, deadline: float = 600.0, retries: int = 4,
         retry_delay: float = 0.5, max_characters: int = 100_000, requests_per_minute: float | None = None,
     ) -> None:  # fmt: skip
+        self._parts = _address(host)
         limits = Limits(timeout, deadline, retries, retry_delay, max_characters, requests_per_minute)
         super().__init__(limits, concurrency)
         self.model, self.pull = model, pull
-        self._parts = _address(host)
         self.keep_alive, self.num_ctx, self.think = keep_alive, num_ctx, think
         self._client: ollama.Client | None = None
         self._entry: Mapping[str, Any] | None = None  # of the model, in the server's list

@@ -39,9 +39,9 @@ class OpenAICompatible(Server):
         max_characters: int = 100_000, requests_per_minute: float | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
+        self._parts = parsed(base_url, "backend.base_url", "http://host:port/v1")
         limits = Limits(timeout, deadline, retries, retry_delay, max_characters, requests_per_minute)
         super().__init__(limits, concurrency)
-        self._parts = parsed(base_url, "backend.base_url", "http://host:port/v1")
         self.model, self.api_key_env = model, api_key_env
         self.extra = dict(extra or {})
         self._without: set[str] = set()  # optional fields that the server refused

@@ -13,7 +13,28 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
 
+import pytest
+
+from elara.backends.server import Server
+
 Act = Callable[["Handler"], None]
+
+
+@contextmanager
+def closing_backends() -> Iterator[None]:
+    """Close every backend that a test made: the clients leave sockets open otherwise."""
+    made: list[Server] = []
+    build = Server.__init__
+
+    def remember(self: Server, *given: Any) -> None:
+        build(self, *given)
+        made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Server, "__init__", remember)
+        yield
+    for backend in made:
+        backend.close()
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from elara.backends.server import Server
 from tests.backends.hostile import (
     Act,
     Handler,
+    closing_backends,
     cut,
     drip,
     drop,
@@ -54,6 +56,12 @@ HELLO = [{"role": "user", "content": "hello"}]
 GOOD = speak("Once ", "upon a time")
 KEY = "sk-very-secret-key"
 RETRIES, DEADLINE = 2, 5.0
+
+
+@pytest.fixture(autouse=True)
+def _closing() -> Iterator[None]:
+    with closing_backends():
+        yield
 
 
 @pytest.fixture(params=["openai", "ollama"])
@@ -269,11 +277,11 @@ def test_no_more_requests_at_once_than_concurrency_says(api: str) -> None:
     together = threading.Barrier(3)
 
     def act(handler: Handler) -> None:
-        together.wait(5)
+        together.wait(30)
         GOOD(handler)
 
     with hostile(act) as server:
-        made = backend(api, server.address, concurrency=3)
+        made = backend(api, server.address, concurrency=3, timeout=30, deadline=60)
         assert all(isinstance(answer, Answer) for _, answer in made.answers([HELLO] * 9, Params()))
         assert server.most == 3
 

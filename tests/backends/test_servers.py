@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 import urllib.request
@@ -21,6 +20,7 @@ from elara.backends.ollama import Ollama
 from elara.backends.openai_compatible import OpenAICompatible
 from elara.backends.server import Server
 from elara.errors import ElaraError
+from tests.backends.hostile import closing_backends, free_port
 from tests.conftest import COUNTERPARTS, ROOT
 
 pytestmark = pytest.mark.slow
@@ -36,13 +36,6 @@ sys.exit(main())
 BEES = [{"role": "user", "content": "Write one sentence about bees."}]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _wait_until_up(url: str, process: subprocess.Popen[bytes] | None = None, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and (process is None or process.poll() is None):
@@ -50,6 +43,12 @@ def _wait_until_up(url: str, process: subprocess.Popen[bytes] | None = None, sec
             return
         time.sleep(0.1)
     pytest.fail(f"{url} does not come up")
+
+
+@pytest.fixture(autouse=True)
+def _closing() -> Iterator[None]:
+    with closing_backends():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def _llama(gguf: Path, *, embedding: bool = False) -> Any:
     xllamacpp = pytest.importorskip("xllamacpp", reason="`make counterparts` installs xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(gguf), {"smollm2"}
-    params.n_ctx, params.n_parallel, params.warmup, params.port = 1024, 2, False, _free_port()
+    params.n_ctx, params.n_parallel, params.warmup, params.port = 1024, 2, False, free_port()
     params.cpuparams.n_threads, params.embedding = 1, embedding
     if embedding:
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
@@ -87,7 +86,7 @@ def llama(gguf: Path) -> Iterator[str]:
 def proxy(llama: str) -> Iterator[str]:
     if not PROXY.exists():
         pytest.skip("ollama-proxy-plus is not here: `make counterparts` installs it")
-    port = _free_port()
+    port = free_port()
     environment = {
         **os.environ, "PROVIDERS_VLLM_API_KEY": "EMPTY", "PROVIDERS_VLLM_BASE_URL": llama, "EXTRA_MODELS": "vllm/smol",
     }  # fmt: skip
