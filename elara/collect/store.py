@@ -23,7 +23,7 @@ from elara.errors import ElaraError
 
 ANSWERS = "answers.jsonl"
 LOCK = ".lock"
-BLOCK = 1 << 16
+BLOCK = 1 << 16  # bytes that are searched for a line end at once
 
 
 def answer_id(prompt: Prompt, teacher: str, params: Params) -> str:
@@ -79,10 +79,11 @@ class Store:
         except Timeout:
             raise ElaraError(f"another process collects in {folder}: wait for it, or give another name=") from None
         try:
-            self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self.cut = _cut_torn_line(self._descriptor)
-            self._size = os.fstat(self._descriptor).st_size
+            self.file.touch()
+            self.cut = _cut_torn_line(self.file)
+            self._size = self.file.stat().st_size
             self._ids = {sample.id for _, sample in self.samples()}
+            self._stream = self.file.open("ab", buffering=0)
         except BaseException:
             self._held.release()
             raise
@@ -110,10 +111,10 @@ class Store:
             rest = memoryview(line)
             try:
                 while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
+                    rest = rest[self._stream.write(rest) :]
             except OSError as error:  # a full disk: what is there stays readable
                 with contextlib.suppress(OSError):
-                    os.ftruncate(self._descriptor, self._size)
+                    self._stream.truncate(self._size)
                 raise OSError(error.errno, error.strerror, str(self.file)) from error
             self._size += len(line)
             self._ids.add(sample.id)
@@ -126,7 +127,7 @@ class Store:
             if not (self._open and self._dirty):
                 return
             self._dirty = False
-            descriptor = os.dup(self._descriptor)  # the wait is not held against the threads that append
+            descriptor = os.dup(self._stream.fileno())  # the wait is not held against the threads that append
         try:
             os.fsync(descriptor)
         finally:
@@ -152,7 +153,7 @@ class Store:
         with self._lock:
             if self._open:
                 self._open = False
-                os.close(self._descriptor)
+                self._stream.close()
                 self._held.release()
 
 
@@ -163,16 +164,16 @@ def _parse(line: bytes, where: str) -> Sample:
         raise ElaraError(f"{where} is damaged ({error}): delete that line") from error
 
 
-def _cut_torn_line(descriptor: int) -> int:
+def _cut_torn_line(file: Path) -> int:
     """Remove what stands behind the last line end; returns how many bytes that was."""
-    size = end = os.fstat(descriptor).st_size
-    while end:
-        start = max(0, end - BLOCK)
-        found = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if found >= 0:
-            end = start + found + 1
-            break
-        end = start
-    if end < size:
-        os.ftruncate(descriptor, end)
+    with file.open("rb+") as stream:
+        size = end = stream.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - BLOCK)
+            stream.seek(start)
+            if (found := stream.read(end - start).rfind(b"\n")) >= 0:
+                end = start + found + 1
+                break
+            end = start
+        stream.truncate(end)
     return size - end

@@ -19,7 +19,7 @@ import pytest
 
 from elara.collect.__main__ import main
 
-Reply = str | int  # an answer's text, or the status of a refusal
+Reply = str | bytes | int  # an answer's text, bytes that are none, or the status of a refusal
 
 
 class Oracle:
@@ -50,6 +50,10 @@ class Oracle:
                 self.send_header("Content-Type", "text/event-stream")
                 self.send_header("Connection", "close")
                 self.end_headers()
+                if isinstance(said, bytes):
+                    self._write(said + b"\n\n")
+                    self.close_connection = True
+                    return
                 top = asked.get("top_logprobs", 0) if asked.get("logprobs") else None
                 words = [w if i == 0 else f" {w}" for i, w in enumerate(said.split(" "))]
                 for i, word in enumerate(words):

@@ -94,16 +94,20 @@ def test_a_teacher_that_is_down_is_dropped_and_the_others_go_on(collector, oracl
 
 
 def test_failures_of_single_prompts_are_counted_and_asked_again(collector, oracle):
-    broken = True
-    server = oracle(lambda q: 500 if broken and "bad" in q else "" if broken and "mute" in q else "fine, thank you")
-    prompts = collector.ask(["good?", "bad?", "mute?", "good again?"])
-    code, out, _ = collector(prompts, collector.teachers(oracle=server, settings={"concurrency": 1}))
-    assert code == 0
-    assert "2 answered, 2 failed (" in out
-    assert "empty 1" in out
-    broken = False
-    code, out, _ = collector(prompts, collector.teachers(oracle=server))
-    assert "2 answered, 2 were there" in out
+    trouble = {"bad?": 500, "mute?": "", "busy?": 429, "half?": b"caf\xe9", "long?": "x" * 5000}
+    server = oracle(lambda q: trouble.get(q, "fine, thank you"))
+    prompts = collector.ask(["good?", *trouble, "good again?"])
+    teacher = collector.teachers(oracle=server, settings={"max_characters": 1000})
+    code, out, err = collector(prompts, teacher)
+    assert (code, err) == (0, "")
+    (line,) = [line for line in out.splitlines() if line.startswith("asked")]
+    assert line.startswith("asked     oracle: 2 answered, 5 failed (")
+    for kind in ("empty 1", "rate_limited 1", "not_text 1", "endless 1"):
+        assert kind in line
+    assert max(server.asked.values()) <= 2, "one retry"
+    trouble.clear()
+    code, out, _ = collector(prompts, teacher)
+    assert "5 answered, 2 were there" in out
     assert server.asked["good?"] == 1
 
 
