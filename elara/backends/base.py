@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # the configuration imports this package, and composing it sh
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from elara.tokenizer import Tokenizer
+
 Messages = Sequence[Mapping[str, str]]  # each with `role` (system, user, assistant, tool) and `content`
 
 
@@ -106,6 +108,10 @@ class Backend(Protocol):
     @property
     def fingerprint(self) -> str | None:
         """Of its tokenizer, as `Tokenizer.fingerprint`; None when the source does not show one."""
+        ...
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer as Elara's students have it; None when the source does not show one."""
         ...
 
     def identity(self) -> dict[str, Any]:

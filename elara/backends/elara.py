@@ -40,6 +40,7 @@ from elara.device import find_device
 from elara.errors import ElaraError
 from elara.model import PRECISIONS
 from elara.runs import find_checkpoint
+from elara.tokenizer import Tokenizer
 
 MODES = ("auto", "ar", "tidar")
 
@@ -77,8 +78,11 @@ class Elara:
 
     @property
     def fingerprint(self) -> str:
+        return self.tokenizer().fingerprint
+
+    def tokenizer(self) -> Tokenizer:
         folder = self._place()
-        return checkpoints.read_tokenizer(folder, checkpoints.read_meta(folder)).fingerprint
+        return checkpoints.read_tokenizer(folder, checkpoints.read_meta(folder))
 
     def identity(self) -> dict[str, Any]:
         folder = self._place()

@@ -60,6 +60,10 @@ class Server(ABC):
     def fingerprint(self) -> str | None:
         return None
 
+    def tokenizer(self) -> None:
+        """A server does not show it."""
+        return None
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """JSON values that fix what it answers."""

@@ -22,8 +22,9 @@ MANIFEST = "manifest.json"  # written last: a folder that has it is whole
 class StoredOpinion(NamedTuple):
     """Of the windows of one batch.
 
-    ids: int64 (batch, seq, k), the likeliest tokens behind each; logprobs: float32 (batch, seq, k + 1), the rest of the
-    vocabulary last, adding up to 1. following: float32 (batch, seq), of the token that does follow.
+    ids: int64 (batch, seq, k), the likeliest tokens behind each, -1 where there are fewer; logprobs: float32 (batch,
+    seq, k + 1), the rest of the vocabulary last, adding up to 1. following: float32 (batch, seq), of the token that
+    does follow.
     """
 
     ids: Tensor
@@ -53,6 +54,7 @@ class OpinionFile:
         at = places.clip(min=0)
         logprobs = torch.from_numpy(self._logprobs[at].astype(np.float32)).log_softmax(-1)  # float16 rounds the sum
         ids = torch.from_numpy(self._ids[at].astype(np.int64))
+        ids[ids == np.iinfo(self._ids.dtype).max] = -1
         return StoredOpinion(ids, logprobs, torch.from_numpy(self._following[at].astype(np.float32)))
 
 
@@ -64,7 +66,7 @@ class OpinionWriter:
     """
 
     def __init__(self, folder: Path, k: int, vocab_size: int) -> None:
-        self.folder, self.k, self.ids = folder, k, token_dtype(vocab_size)
+        self.folder, self.k, self.ids = folder, k, token_dtype(vocab_size + 1)  # the last one for "none"
         self._rows = {"ids": k * self.ids.itemsize, "logprobs": 2 * (k + 1), "following": 2}  # bytes per token
         folder.mkdir(parents=True, exist_ok=True)
         self.done = min(_size(folder / name) // width for name, width in self._rows.items())

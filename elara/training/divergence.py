@@ -20,7 +20,7 @@ LOWEST = -50.0  # log-probabilities below count as this: 2e-22, and no infinity 
 def coarse_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities of the tokens `ids` and, last, of all others together.
 
-    logits: (rows, vocab) float32; ids: (rows, k). Returns (rows, k + 1).
+    logits: (rows, vocab) float32; ids: (rows, k), -1 = no token, without any probability. Returns (rows, k + 1).
     """
     value: Tensor = _Coarse.apply(logits, ids)
     return value
@@ -36,18 +36,22 @@ class _Coarse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
         norm = logits.logsumexp(1, keepdim=True)
-        rest = (logits - norm).exp_().scatter_(1, ids, 0.0)  # (rows, vocab)
+        at = ids.clamp(min=0)
+        top = (logits.gather(1, at) - norm).masked_fill(ids < 0, -torch.inf)
+        rest = (logits - norm).exp_()  # (rows, vocab)
+        first = rest[:, 0].masked_fill((ids == 0).any(1), 0.0)  # which -1 stands in for
+        rest.scatter_(1, at, 0.0)[:, 0] = first
         mass = rest.sum(1, keepdim=True)
-        top = logits.gather(1, ids) - norm
-        ctx.save_for_backward(rest, mass, top, ids)
+        ctx.save_for_backward(rest, mass, top, at)
         return torch.cat([top, mass.log()], 1).clamp(min=LOWEST)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rest, mass, top, ids = ctx.saved_tensors
+        rest, mass, top, at = ctx.saved_tensors
+        grad = torch.cat([grad[:, :-1].masked_fill(top == -torch.inf, 0.0), grad[:, -1:]], 1)
         total = grad.sum(1, keepdim=True)
         of_rest = grad[:, -1:] / mass.clamp(min=math.exp(LOWEST)) - total
-        return (rest * of_rest).scatter_(1, ids, grad[:, :-1] - total * top.exp()), None
+        return (rest * of_rest).scatter_add_(1, at, grad[:, :-1] - total * top.exp()), None
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:

@@ -200,7 +200,7 @@ class ElaraModule(lightning.LightningModule):
         parts["moe_penalty"] = losses.penalty
         for name, value in losses.teachers.items():
             parts |= {f"loss_{name}": value, f"loss_{name}{WRITTEN}": value}
-        return [value for name in means.names if (value := parts[name]) is not None]
+        return [part for name in means.names if (part := parts[name]) is not None]
 
     def _depth(self) -> int | None:
         """Recursion depth of this step, the same for all its micro-batches and ranks; None = the model's own."""

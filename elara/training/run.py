@@ -137,7 +137,7 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
         optimizer=factory(config.optimizer, "optimizer"),
         schedule=factory(config.schedule, "schedule")(config.trainer.max_steps),
         chars_per_token=val["characters"] / val["tokens"],
-        uneven=not data_config.cross_documents or prepared.train.weights is not None,
+        uneven=not data_config.cross_documents or prepared.train.weights is not None or data_config.replay.share > 0,
         teaching=teaching,
     )
     return Parts(trainer, module, data)
@@ -150,6 +150,9 @@ def learn_from(config: DictConfig, data: ElaraData, trainer: lightning.Trainer) 
     settings = OmegaConf.to_object(config.distill)
     assert isinstance(settings, DistillConfig)
     teaching = Teaching(open_teachers(config.teachers, data.prepared.tokenizer), settings)
+    for teacher in teaching.teachers:
+        if teacher.projection is not None and global_rank() == 0:
+            say(f"{teacher.name} has another tokenizer: what it says is put into the student's tokens")
     if settings.on_policy and isinstance(trainer.strategy, FSDP):
         raise ElaraError("distill.on_policy needs a whole model on every rank: take another trainer than fsdp")
     if settings.opinions == "stored" and settings.on_policy < 1:
@@ -336,6 +339,7 @@ def report(parts: Parts, here: Run) -> None:
         lines += ["", "a sample, the prompt in brackets:", "", text.strip(), ""]
     if here.last.exists():
         prompt = "ROMEO:" if parts.data.data.source == "shakespeare" else ""
+        prompt = "What is 37 times 48?" if parts.data.chat else prompt
         lines.append(f'next: python -m elara.sample checkpoint={shell(shown(here.path))} prompt="{prompt}"')
     print("\n".join(lines), flush=True)
 

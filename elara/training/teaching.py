@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor
 
-from elara.backends import Backend, TopLogprobs
+from elara.backends import Backend
 from elara.data import Prepared
 from elara.data.batches import PADDING, Batch
 from elara.data.opinions import MANIFEST, OpinionFile, OpinionWriter, StoredOpinion
@@ -28,6 +28,7 @@ from elara.tokenizer import Tokenizer
 from elara.training.config import DistillConfig
 from elara.training.divergence import KINDS
 from elara.training.losses import Lesson, Opinion
+from elara.training.projection import Projection
 
 CHOICES = ("weights", "lowest_perplexity")
 OPINIONS = ("stored", "live")
@@ -36,11 +37,20 @@ ROWS = 8  # windows that a teacher reads at once before a run
 
 @dataclass
 class Teacher:
-    """A teacher of a run. weight: its share among all of them."""
+    """A teacher of a run. weight: its share among all of them; projection: for a student with another tokenizer."""
 
     name: str
     weight: float
     backend: Backend
+    projection: Projection | None = None
+
+    def opinion(self, rows: Tensor, settings: DistillConfig) -> StoredOpinion:
+        """Behind every token of `rows`, int64 (batch, seq); nothing follows the last one."""
+        if self.projection is not None:
+            return self.projection.opinion(rows, settings.top_k, settings.temperature)
+        said = self.backend.top_logprobs(rows, settings.top_k, settings.temperature)
+        logprobs = torch.cat([said.logprobs, said.rest[..., None]], -1)
+        return StoredOpinion(said.ids, logprobs, F.pad(said.following, (0, 1)))
 
 
 class Teaching:
@@ -93,11 +103,7 @@ class Teaching:
 
     def _ask(self, tokens: Tensor) -> list[StoredOpinion]:
         rows = tokens[:, :-1].clamp(min=0)
-        settings = self.settings
-        return [
-            _opinion(teacher.backend.top_logprobs(rows, settings.top_k, settings.temperature))
-            for teacher in self.teachers
-        ]
+        return [teacher.opinion(rows, self.settings) for teacher in self.teachers]
 
     def _shares(self, said: Sequence[StoredOpinion], batch: Batch) -> Tensor:
         """(teachers, batch), each row's adding up to 1."""
@@ -128,7 +134,7 @@ def open_teachers(teachers: Mapping[str, Mapping[str, Any]], tokenizer: Tokenize
     """Teachers of a configuration whose log-probabilities a student with this tokenizer can learn from.
 
     Raises:
-        ElaraError: one that gives none, or has another tokenizer, or a weight that is not above 0.
+        ElaraError: one that gives none, or does not show its tokenizer, or a weight that is not above 0.
     """
     found = []
     for name, settings in teachers.items():
@@ -139,12 +145,12 @@ def open_teachers(teachers: Mapping[str, Mapping[str, Any]], tokenizer: Tokenize
         advice = f"collect its text instead: python -m elara.collect teacher=[{name}]"
         if not backend.capabilities.logits:
             raise ElaraError(f"teachers.{name} gives no log-probabilities of a given text: {advice}")
+        projection = None
         if backend.fingerprint != tokenizer.fingerprint:
-            raise ElaraError(
-                f"teachers.{name} has another tokenizer than the data: take its own (tokenizer=smollm2 for SmolLM2, "
-                f"tokenizer=huggingface tokenizer.path=... for others), or {advice}"
-            )
-        found.append(Teacher(name, weight, backend))
+            if (theirs := backend.tokenizer()) is None:
+                raise ElaraError(f"teachers.{name} does not show its tokenizer: {advice}")
+            projection = Projection(backend, theirs, tokenizer)
+        found.append(Teacher(name, weight, backend, projection))
     return found
 
 
@@ -155,7 +161,7 @@ def stored_opinions(teacher: Teacher, prepared: Prepared, settings: DistillConfi
     where it was; a second one waits for the first.
     """
     asked = {"teacher": teacher.backend.identity(), "k": settings.top_k, "temperature": settings.temperature,
-             "context": settings.context, "overlap": settings.context // 4}  # fmt: skip
+             "context": settings.context, "overlap": settings.context // 4, "projected": teacher.projection is not None}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     folder = prepared.folder / "teachers" / f"{teacher.name}-{key}"
     if not (folder / MANIFEST).exists():
@@ -179,7 +185,7 @@ def _ask_all(
             todo = reading_starts(total, length, writer.done)
             for starts in (todo[i : i + ROWS] for i in range(0, len(todo), ROWS)):
                 rows = [torch.from_numpy(tokens[at : at + length + 1].astype("int64")) for at in starts]
-                said = _opinion(teacher.backend.top_logprobs(torch.stack(rows), settings.top_k, settings.temperature))
+                said = teacher.opinion(torch.stack(rows), settings)
                 for row, start in enumerate(starts):
                     new = slice(writer.done - start, length)
                     progress.advance(start + length - writer.done)
@@ -197,9 +203,3 @@ def reading_starts(total: int, length: int, done: int = 0) -> list[int]:
     stride = length - length // 4
     starts = (min(at, total - length) for at in range(0, max(total - length // 4, 1), stride))
     return [start for start in starts if start + length > done]
-
-
-def _opinion(said: TopLogprobs) -> StoredOpinion:
-    """In the form that is stored; nothing follows the last token of a row."""
-    return StoredOpinion(said.ids, torch.cat([said.logprobs, said.rest[..., None]], -1), F.pad(said.following, (0, 1)))
-

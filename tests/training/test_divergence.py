@@ -94,6 +94,25 @@ def test_certainty_on_either_side_stays_finite(kind: str) -> None:
         assert value.isfinite().all() and gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_places_without_a_token_change_nothing(kind: str) -> None:
+    student, teacher, ids = pair(60, 8, 2.0)
+    target = dense(teacher, ids).log().float()
+    none = torch.full((7, 3), -1)
+    longer = torch.cat([ids[:, :4], none, ids[:, 4:]], 1)
+    more = torch.cat([target[:, :4], torch.full((7, 3), -torch.inf), target[:, 4:]], 1)
+    found = []
+    for chosen, wanted in ((ids, target), (longer, more)):
+        logits = student.clone().requires_grad_()
+        value = divergence(coarse_logprobs(logits, chosen), wanted, kind)
+        found.append((value, *torch.autograd.grad(value.sum(), logits)))
+    torch.testing.assert_close(found[0], found[1])
+    logits = student.clone().requires_grad_()
+    nothing = divergence(coarse_logprobs(logits, none), torch.tensor([[-torch.inf] * 3 + [0.0]] * 7), kind)
+    assert nothing.detach().abs().max() < 1e-6
+    assert torch.autograd.grad(nothing.sum(), logits)[0].abs().max() < 1e-6
+
+
 def test_the_gradient_of_the_partition_passes_gradcheck() -> None:
     logits = torch.randn(3, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ids = torch.tensor([[1, 4], [0, 10], [7, 3]])

@@ -226,9 +226,10 @@ def test_settings_that_make_no_sense_are_named(changed: dict[str, Any], message:
 
 def test_teachers_that_do_not_fit_are_named_with_what_to_do(taught: str) -> None:
     backend = {"_target_": "elara.backends.elara.Elara", "checkpoint": taught}
-    assert open_teachers({"a": {"weight": 2, "backend": backend}}, ByteTokenizer())[0].weight == 2
+    (same,) = open_teachers({"a": {"weight": 2, "backend": backend}}, ByteTokenizer())
+    (other,) = open_teachers({"a": {"weight": 1, "backend": backend}}, CharTokenizer("abc"))
+    assert same.weight == 2 and same.projection is None and other.projection is not None
     for tokenizer, settings_, message in (
-        (CharTokenizer("abc"), {"weight": 1, "backend": backend}, "teachers.a has another tokenizer than the data"),
         (ByteTokenizer(), {"weight": 0, "backend": backend}, "teachers.a.weight=0.0"),
         (
             ByteTokenizer(), {"weight": 1, "backend": {"_target_": "elara.backends.ollama.Ollama"}},

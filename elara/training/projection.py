@@ -1,0 +1,158 @@
+"""What a teacher with another tokenizer says, in the student's tokens: distillation across tokenizers.
+
+Both read the same text. Where a token of each ends at the same character, both say what comes next: each of the
+teacher's likeliest tokens is spelled in the student's, and gives its probability to the first of these. Where the
+student is some tokens further, inside a token of the teacher, those of the teacher's tokens count whose spelling begins
+with them, in proportion. So a byte or character learns from the sum over all tokens that begin with it (as in Phan et
+al., arXiv 2410.09303), and a word from all its spellings. Elsewhere the teacher has no opinion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from elara.backends import Backend
+from elara.data.opinions import StoredOpinion
+from elara.errors import ElaraError
+from elara.tokenizer import Tokenizer
+
+MORE = 4  # teacher's tokens that are asked for per student's token that is kept: several begin alike
+LEAST = 1e-3  # of the teacher's probability that must lie on tokens that begin as the text does
+
+NOTHING = float("-inf")
+
+
+@dataclass
+class Reading:
+    """A row of the student's as the teacher reads it.
+
+    ends: where its tokens end, in characters, .5 for inside of one; an end of document counts as one.
+    """
+
+    ids: list[int]
+    ends: list[float]
+
+
+class Projection:
+    """Opinions of `backend` for a student with `student`'s tokenizer."""
+
+    def __init__(self, backend: Backend, teacher: Tokenizer, student: Tokenizer) -> None:
+        self.backend, self.teacher, self.student = backend, teacher, student
+        self._spellings: dict[int, tuple[int, ...]] = {teacher.end_id: (student.end_id,)}
+        self._anchor = teacher.encode("a")
+        self._known = len(teacher.decode(self._anchor))
+
+    def opinion(self, rows: torch.Tensor, k: int, temperature: float) -> StoredOpinion:
+        """rows: int64 (batch, seq) of the student's ids. k: tokens kept behind each; -1 where there are fewer."""
+        readings = [self._read(row) for row in rows.tolist()]
+        longest = max(len(reading.ids) for reading in readings)
+        padded = [reading.ids + [self.teacher.end_id] * (longest - len(reading.ids)) for reading in readings]
+        said = self.backend.top_logprobs(torch.tensor(padded), MORE * k, temperature)
+        ids = np.full((*rows.shape, k), -1, np.int64)
+        logprobs = np.full((*rows.shape, k + 1), NOTHING, np.float32)
+        logprobs[..., k] = 0.0  # no opinion: all that there is lies in the rest
+        following = np.zeros(rows.shape, np.float32)
+        tops, masses = said.ids.cpu().numpy(), said.logprobs.exp().cpu().numpy()
+        for i, (row, reading) in enumerate(zip(rows.tolist(), readings, strict=True)):
+            self._project(row, reading, tops[i], masses[i], ids[i], logprobs[i], following[i])
+        return StoredOpinion(*(torch.from_numpy(value).to(rows.device) for value in (ids, logprobs, following)))
+
+    def _project(
+        self, row: Sequence[int], reading: Reading, tops: NDArray[Any], masses: NDArray[Any],
+        ids: NDArray[Any], logprobs: NDArray[Any], following: NDArray[Any],
+    ) -> None:
+        """Fill one row: ids (seq, k), logprobs (seq, k + 1), following (seq)."""
+        k, last = ids.shape[1], -1  # the teacher's token that ended last
+        begun: list[int] | None = []  # the student's tokens since then; None: it is not known which
+        for place, end in enumerate(self._ends(row)):
+            if begun is not None:
+                begun.append(row[place])
+            while end is not None and last + 1 < len(reading.ends) and reading.ends[last + 1] <= end:
+                last += 1
+                begun = [] if reading.ends[last] == end else None
+            if begun is None or last < 0:
+                continue
+            mass = self._next(tops[last], masses[last], tuple(begun))
+            if mass is None:
+                continue
+            best = sorted(mass.items(), key=lambda pair: -pair[1])[:k]
+            rest = max(1.0 - sum(value for _, value in best), 0.0)
+            ids[place, : len(best)] = [token for token, _ in best]
+            logprobs[place, : len(best)] = np.log([value for _, value in best])
+            logprobs[place, k] = np.log(rest) if rest > 0 else NOTHING
+            if place + 1 < len(row):
+                following[place] = np.log(dict(best).get(row[place + 1], rest) or 1e-12)
+
+    def _next(self, tops: NDArray[Any], masses: NDArray[Any], begun: tuple[int, ...]) -> dict[int, float] | None:
+        """Probabilities of the student's next tokens behind `begun`, inside a teacher's token; None: no opinion."""
+        length, total, mass = len(begun), 0.0, dict[int, float]()
+        for token, value in zip(tops.tolist(), masses.tolist(), strict=True):
+            spelling = self._spell(token)
+            if length and spelling[:length] != begun:
+                continue
+            total += value
+            if len(spelling) > length:
+                mass[spelling[length]] = mass.get(spelling[length], 0.0) + value
+        if not mass or (length and total < LEAST):
+            return None
+        scale = 1.0 / total if length else 1.0
+        return {token: value * scale for token, value in mass.items()}
+
+    def _spell(self, token: int) -> tuple[int, ...]:
+        """A teacher's token in the student's tokens; () for what has no text of its own, or characters it lacks."""
+        if token not in self._spellings:
+            text = self.teacher.decode([*self._anchor, token])[self._known :]
+            try:
+                spelled = () if "\ufffd" in text else tuple(self.student.encode(text))
+            except ElaraError:
+                spelled = ()
+            self._spellings[token] = spelled
+        return self._spellings[token]
+
+    def _read(self, row: Sequence[int]) -> Reading:
+        """The row's text in the teacher's tokens."""
+        reading, place, text = Reading([], []), 0, list[int]()
+
+        def flush() -> None:
+            nonlocal place
+            words = self.student.decode(text)
+            ids, stream, end = self.teacher.encode(words), self.teacher.stream_decoder(), place
+            pieces = [stream.feed(token) for token in ids]
+            faithful = "".join(pieces) + stream.flush() == words  # no prefix, no normalisation moved the places
+            for token, piece in zip(ids, pieces, strict=True):
+                end += len(piece)
+                reading.ids.append(token)
+                reading.ends.append(end if piece and faithful else end + 0.5)
+            place += len(words)
+            text.clear()
+
+        for token in row:
+            if token != self.student.end_id:
+                text.append(token)
+                continue
+            flush()
+            place += 1
+            reading.ids.append(self.teacher.end_id)
+            reading.ends.append(place)
+        flush()
+        return reading
+
+    def _ends(self, row: Sequence[int]) -> list[int | None]:
+        """Where each of the student's tokens ends, in characters; None inside of one."""
+        ends, place, stream = list[int | None](), 0, self.student.stream_decoder()
+        for token in row:
+            if token == self.student.end_id:
+                place += len(stream.flush()) + 1
+                stream = self.student.stream_decoder()
+                ends.append(place)
+                continue
+            piece = stream.feed(token)
+            place += len(piece)
+            ends.append(place if piece else None)
+        return ends
