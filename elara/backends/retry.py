@@ -119,7 +119,7 @@ class Caller:
                     self._next_slot = max(self._next_slot, time.monotonic() + failure.wait)
             if cancelled.wait(delay):
                 raise Cancelled
-            self._wait_for_slot(cancelled)
+            self._wait_for_slot(cancelled, ends)
             number, empty = number + 1, empty + (failure.kind == "empty")
 
     def failure(self, error: Exception, attempt: Attempt) -> Failure:
@@ -139,14 +139,14 @@ class Caller:
         advice = f": {failure.advice}" if failure.advice else ""
         return BackendError(failure.kind, f"{self.whom()} {failure.why}{tried}{advice}")
 
-    def _wait_for_slot(self, cancelled: threading.Event) -> None:
-        """Wait until the server's own wish and requests_per_minute allow a request."""
+    def _wait_for_slot(self, cancelled: threading.Event, ends: float = float("inf")) -> None:
+        """Wait until the server's own wish and requests_per_minute allow a request, at the longest until `ends`."""
         per_minute = self.limits.requests_per_minute
         with self._lock:
             slot = max(self._next_slot, time.monotonic())
             if per_minute is not None:
                 self._next_slot = slot + 60 / per_minute
-        if cancelled.wait(max(0.0, slot - time.monotonic())):
+        if cancelled.wait(max(0.0, min(slot, ends) - time.monotonic())):
             raise Cancelled
 
 

@@ -68,6 +68,19 @@ def test_no_wait_goes_beyond_the_deadline() -> None:
     assert time.monotonic() - start < 1.5
 
 
+def test_what_others_were_told_to_wait_does_not_stretch_a_deadline() -> None:
+    call = caller(deadline=0.3, retry_delay=0.0)
+
+    def ask(attempt: Attempt) -> None:
+        call._next_slot = time.monotonic() + 60
+        raise Failure("failed", "broke", again=True)
+
+    start = time.monotonic()
+    with pytest.raises(BackendError, match="deadline"):
+        call(ask)
+    assert time.monotonic() - start < 5
+
+
 def test_an_error_that_is_not_the_server_s_goes_through() -> None:
     def ask(attempt: Attempt) -> None:
         raise ZeroDivisionError
