@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from elara import checkpoint
 from elara.calibration import controller_for
 from elara.cli import hydra_main
+from elara.data.conversation import Conversation
 from elara.decoding import SamplingConfig, complete
 from elara.device import find_device
 from elara.errors import ElaraError
 from elara.model import PRECISIONS
 from elara.runs import find_checkpoint
-from elara.tokenizer import Tokenizer
 
 
 @dataclass
@@ -30,19 +30,6 @@ class SampleConfig(SamplingConfig):
     depth: int | None = None
     device: str = "auto"
     precision: str = "float32"
-
-
-class Chat:
-    """A tokenizer for which a prompt is the user's message in a conversation, to be answered next."""
-
-    def __init__(self, tokenizer: Tokenizer, system: str | None) -> None:
-        self.vocab_size, self.mask_id, self.end_id = tokenizer.vocab_size, tokenizer.mask_id, tokenizer.end_id
-        self.role_ids, self.stream_decoder = tokenizer.role_ids, tokenizer.stream_decoder
-        self._tokenizer = tokenizer
-        self._before = [] if system is None else [{"role": "system", "content": system}]
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.apply_chat([*self._before, {"role": "user", "content": text}], generate=True)[0]
 
 
 def sample(config: DictConfig) -> None:
@@ -63,7 +50,7 @@ def sample(config: DictConfig) -> None:
         controller = controller_for(loaded, precision=wanted.precision, depth=wanted.depth)
     done = complete(
         loaded.model,
-        Chat(loaded.tokenizer, wanted.system) if chat else loaded.tokenizer,
+        Conversation(loaded.tokenizer, wanted.system) if chat else loaded.tokenizer,
         wanted.prompt,
         wanted,
         depth=wanted.depth,

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from elara import checkpoint
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
+from elara.decoding import SamplingConfig, generate, writable
 from elara.errors import ElaraError
 from elara.model import ElaraLM
 from elara.sample import SampleConfig, sample
@@ -172,3 +173,32 @@ def test_without_a_model_the_way_to_one_is_told(configured, tmp_path, monkeypatc
     config.checkpoint = None
     with pytest.raises(ElaraError, match=r"python -m elara\.train"):
         sample(config)
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory):
+    """A model that was trained on conversations, says its checkpoint."""
+    torch.manual_seed(0)
+    config = ElaraConfig(ModelConfig(n_layer=1, n_embd=32, n_head=2, hidden=48, vocab_size=64, context_length=32))
+    tokenizer = CharTokenizer("abc :\nROMEO:")
+    return checkpoint.save(tmp_path_factory.mktemp("chat") / "step-1", ElaraLM(config), tokenizer, meta={"chat": True})
+
+
+def test_a_chat_model_is_asked_and_only_its_reply_is_shown(configured, chatty, saved, capsys):
+    config = configured("prompt='ROMEO:'", "max_new_tokens=12", "temperature=0", "mode=ar")
+    texts = {}
+    asked = [(chatty, None, None), (chatty, False, None), (chatty, None, "abc"), (saved, True, None)]
+    for folder, chat, system in asked:
+        config.checkpoint, config.chat, config.system = str(folder), chat, system
+        sample(config)
+        texts[folder, chat, system] = capsys.readouterr().out.rsplit("\n\n[", 1)[0]
+    assert texts[chatty, False, None].startswith("ROMEO:"), "continued, not asked"
+    assert not texts[chatty, None, None].startswith("ROMEO:")
+    loaded = checkpoint.load(chatty)
+    messages = [{"role": "system", "content": "abc"}, {"role": "user", "content": "ROMEO:"}]
+    for before, key in ((messages, (chatty, None, "abc")), (messages[1:], (chatty, None, None))):
+        ids, _ = loaded.tokenizer.apply_chat(before, generate=True)
+        allowed = writable(loaded.tokenizer, 64)
+        wanted = SamplingConfig(temperature=0, max_new_tokens=12, stop=[loaded.tokenizer.end_id])
+        written = [t for step in generate(loaded.model, [ids], wanted, allowed=allowed) for t in step.tokens[0]]
+        assert texts[key] == loaded.tokenizer.decode(written)

@@ -90,6 +90,28 @@ class Batches(Dataset[Batch]):
         return {**self.__dict__, "_epoch": -1, "_order": np.empty(0, np.int64)}  # workers compute the order themselves
 
 
+class Mixture(Dataset[Batch]):
+    """Batches whose rows come from several corpora: those of the first, then those of the next.
+
+    An item holds the same item of every part, so it is a function of (seed, epoch, step) as theirs are; each part has
+    epochs of its own.
+    """
+
+    def __init__(self, parts: Sequence[Batches]) -> None:
+        self.parts = tuple(parts)
+
+    def __len__(self) -> int:
+        """Steps per epoch of the first part."""
+        return len(self.parts[0])
+
+    def __getitem__(self, position: int) -> Batch:
+        every = [part[position] for part in self.parts]
+        weights = None
+        if any(batch.weights is not None for batch in every):
+            weights = torch.cat([(b.tokens != PADDING).float() if b.weights is None else b.weights for b in every])
+        return Batch(torch.cat([batch.tokens for batch in every]), weights)
+
+
 class Order(Sampler[int]):
     """Positions from `start` on, without end: epochs follow each other inside, so training sees one endless pass.
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class DataConfig:
-    """Which corpus, how it is split, how batches are cut from it."""
+class CorpusConfig:
+    """Which corpus, and how it is split."""
 
     name: str = "shakespeare_char"  # begins the name of the prepared folder
     source: str = "shakespeare"  # shakespeare | text | hub | parquet | jsonl | chat | tool_use
@@ -26,9 +26,26 @@ class DataConfig:
         default_factory=lambda: ["arithmetic", "dates", "units", "lookups", "talk"]
     )
     processes: int | None = None  # hub, parquet, jsonl: processes that tokenise; null = all cores for large data
+
+
+@dataclass
+class ReplayConfig(CorpusConfig):
+    """Another corpus that takes a part of every batch, so that what was learned of it is not forgotten."""
+
+    name: str = "replay"
+    share: float = 0.0  # of each batch's rows, rounded to whole rows; 0 = no replay
+    cross_documents: bool = True  # as in DataConfig
+    pack: bool = False  # as in DataConfig
+
+
+@dataclass
+class DataConfig(CorpusConfig):
+    """Which corpus, how it is split, how batches are cut from it."""
+
     batch_size: int = 32  # windows per step and rank
     seq: int | None = None  # window length in tokens; null = model.context_length
     cross_documents: bool = True  # false: a window ends with its document, the rest is padding
     pack: bool = False  # with cross_documents=false: a window holds as many whole documents as fit
     val_batches: int | None = None  # validation batches, spread evenly over the text; null = all of it
+    replay: ReplayConfig = field(default_factory=ReplayConfig)  # validation stays on the corpus itself
     workers: int = 0  # processes that read batches; 0 = in the training process, the fastest for small batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from elara.data.batches import Batch, Batches, Order, ValidationBatches, document_windows, packed_windows
-from elara.data.config import DataConfig
+from elara.data.batches import Batch, Batches, Mixture, Order, ValidationBatches, document_windows, packed_windows
+from elara.data.config import DataConfig, ReplayConfig
+from elara.data.opinions import OpinionFile
 from elara.data.preparation import Prepared, prepare
 from elara.data.sources import CONVERSATIONS
 from elara.data.tokens import TokenFile
+from elara.errors import ElaraError
 from elara.tokenizer import TokenizerConfig
 
 
@@ -28,6 +31,7 @@ class ElaraData(LightningDataModule):
 
     Attributes:
         position: batches of this rank that are behind; the train loader goes on there. Set it before `fit` to resume.
+        opinions: what teachers said of the training split; part of its batches. Set it before `fit`.
     """
 
     def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, *, seed: int, seq: int) -> None:
@@ -35,6 +39,7 @@ class ElaraData(LightningDataModule):
         self.data, self.tokenizer_config, self.root, self.seed = data, tokenizer, Path(root), seed
         self.seq = data.seq or seq
         self.position = 0
+        self.opinions: Sequence[OpinionFile] = ()
         self._prepared: Prepared | None = None
 
     @property
@@ -57,15 +62,34 @@ class ElaraData(LightningDataModule):
         """Open the token files."""
         _ = self.prepared
 
-    def train_batches(self) -> Batches:
+    def train_batches(self) -> Batches | Mixture:
         """This rank's training batches."""
-        rank, world = self._rank()
-        train, table = self.prepared.train, None
-        if not self.data.cross_documents:
-            table = (packed_windows if self.data.pack else document_windows)(train.ends, self.seq)
-        if self.data.pack and rank == 0:
+        replay, train = self.data.replay, self.prepared.train
+        if self.data.pack and self._rank()[0] == 0:
             self._note_split(train)
-        return Batches(train, self.data.batch_size, self.seq, self.seed, rank=rank, world=world, table=table)
+        if not replay.share:
+            return self._batches(train, self.data, self.data.batch_size)
+        rows = round(replay.share * self.data.batch_size)
+        if not 0 < rows < self.data.batch_size:
+            raise ElaraError(
+                f"data.replay.share={replay.share} of data.batch_size={self.data.batch_size} is {rows} rows: "
+                "each corpus needs at least one; change either"
+            )
+        if self.opinions:
+            raise ElaraError("stored opinions of teachers and data.replay exclude each other: distill.opinions=live")
+        same = TokenizerConfig("saved", path=str(self.prepared.folder / "tokenizer"))
+        old = prepare(replay, same, self.root).train
+        main = self._batches(train, self.data, self.data.batch_size - rows)
+        return Mixture([main, self._batches(old, replay, rows)])
+
+    def _batches(self, tokens: TokenFile, cut: DataConfig | ReplayConfig, rows: int) -> Batches:
+        """This rank's windows of one corpus, so many in every batch."""
+        rank, world = self._rank()
+        table = None
+        if not cut.cross_documents:
+            table = (packed_windows if cut.pack else document_windows)(tokens.ends, self.seq)
+        opinions = self.opinions if tokens is self.prepared.train else ()
+        return Batches(tokens, rows, self.seq, self.seed, rank=rank, world=world, table=table, opinions=opinions)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches from `position` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""

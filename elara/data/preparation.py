@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from elara import archives
 from elara import tokenizer as tokenizers
-from elara.data.config import DataConfig
+from elara.data.config import CorpusConfig
 from elara.data.sources import open_source
 from elara.data.sources.base import SPLITS, Source
 from elara.data.tokens import TokenFile, token_dtype
@@ -43,7 +43,7 @@ class Prepared:
     manifest: dict[str, Any]
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> Prepared:
+def prepare(data: CorpusConfig, tokenizer: TokenizerConfig, root: Path) -> Prepared:
     """Token files of a corpus under `root`, built when they are not there yet.
 
     The folder's name holds a hash of everything that changes the tokens (source, its sha256, split, tokenizer), so a

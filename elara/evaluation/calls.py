@@ -37,7 +37,8 @@ class CallRates:
     """Shares of one family of questions (or all), in phrasings that training has, that it never saw, or all.
 
     format: one call in valid JSON and nothing else, ended; of talk: words without a call. tool, arguments: the right
-    ones, the latter with the former. answer: what the tool said is in the last sentence; of talk: the right words.
+    ones, the latter with the former. answer: the last sentence has what the tool says to the right call, or is the one
+    for its error; of talk: the right words.
     """
 
     family: str
@@ -123,8 +124,11 @@ def judge(question: Question, reply: str | None, answer: str | None = None) -> d
         return {"format": spoken, "tool": spoken, "arguments": spoken, "answer": right}
     tool = call is not None and call.name == question.tool
     arguments = tool and call is not None and _same(call, question)
-    result = json.loads(run_tool(Call(question.tool, question.arguments), question.world))["result"]
-    said = re.search(rf"(?<![\w.-]){re.escape(str(result))}(?![\w-]|\.\d)", answer or "") is not None
+    told = json.loads(run_tool(Call(question.tool, question.arguments), question.world))
+    if "result" in told:
+        said = re.search(rf"(?<![\w.-]){re.escape(str(told['result']))}(?![\w-]|\.\d)", answer or "") is not None
+    else:
+        said = answer == question.failing
     return {"format": call is not None, "tool": tool, "arguments": arguments, "answer": said}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -46,7 +47,8 @@ def data_of(folder: Path) -> DataConfig | None:
     if not isinstance(data, DictConfig):
         return None
     known = {field.name for field in fields(DataConfig)}
-    return DataConfig(**{str(key): value for key, value in data.items() if key in known})
+    given = {str(key): value for key, value in data.items() if key in known}
+    return cast(DataConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), given)))
 
 
 def _name(folder: Path, parts: int) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 
-import numpy as np
 import pytest
+import torch
 
 from elara.data import DataConfig, prepare
+from elara.data.config import ReplayConfig
 from elara.data.module import ElaraData
 from elara.data.samples import Sample
 from elara.data.sources import open_source
@@ -91,10 +92,12 @@ def test_windows_hold_whole_conversations_and_weights_come_along(write, tmp_path
     assert module.chat
     batches, user = module.train_batches(), module.prepared.tokenizer.role_ids["user"]
     every = [batches[i] for i in range(len(batches))]
-    rows = [row for batch in every for row in zip(batch.tokens, batch.weights, strict=True)]
-    assert all(tokens[0] == user for tokens, _ in rows), "every window begins with a conversation"
-    assert np.mean([int((tokens == user).sum()) for tokens, _ in rows]) > 2, "and holds several"
-    assert all(((weights > 0) <= (tokens >= 0)).all() for tokens, weights in rows)
+    rows = torch.cat([batch.tokens for batch in every])
+    assert (rows[:, 0] == user).all(), "every window begins with a conversation"
+    assert (rows == user).sum() > 2 * len(rows), "and holds several"
+    for batch in every:
+        assert batch.weights is not None
+        assert ((batch.weights > 0) <= (batch.tokens >= 0)).all()
 
 
 def test_what_is_longer_than_a_window_is_split_and_said(write, tmp_path, capsys):
@@ -145,8 +148,71 @@ def test_held_out_conversations_can_be_read_as_text(write, tmp_path):
 
 
 def test_made_conversations_are_data_as_well(tmp_path):
-    windows = {"batch_size": 2, "cross_documents": False, "pack": True}
-    data = DataConfig("tool_use", "tool_use", samples=200, val_fraction=0.1, **windows)
+    data = DataConfig("tool_use", "tool_use", samples=200, batch_size=2, cross_documents=False, pack=True)
     module = ElaraData(data, BYTES, tmp_path / "data", seed=1, seq=384)
     text = module.prepared.tokenizer.decode(module.train_batches()[0].tokens.clamp(min=0).flatten().tolist())
     assert '<tool_call>{"name": "' in text and '{"result": ' in text
+
+
+@pytest.fixture
+def mixed(write, tmp_path):
+    """Makes data of conversations with a replay of a text, which is all capitals."""
+    (tmp_path / "old.txt").write_text("SOME OLD TEXT THAT GOES ON AND ON.\n" * 200)
+
+    def make(share=0.5, **options):
+        replay = ReplayConfig(share=share, source="text", path=str(tmp_path / "old.txt"))
+        data = write(map(talk, range(200)), batch_size=4, replay=replay, **options)
+        return ElaraData(data, BYTES, tmp_path / "data", seed=1, seq=64)
+
+    return make
+
+
+def test_a_replay_takes_its_share_of_every_batch_and_is_learned_whole(mixed):
+    module = mixed(0.25)
+    decode = module.prepared.tokenizer.decode
+    for batch in itertools.islice(module.train_dataloader(), 300):  # several epochs of both
+        assert batch.tokens.shape == batch.weights.shape == (4, 65)
+        texts = [decode(row[row >= 0].tolist()) for row in batch.tokens]
+        assert ["OLD" in text for text in texts] == [False, False, False, True]
+        assert ((batch.weights > 0) == (batch.tokens >= 0))[3].all()
+        assert all(weights.sum() < 40 for weights in batch.weights[:3])
+    validated = torch.cat([batch.tokens for batch in module.val_dataloader()])
+    assert "OLD" not in decode(validated[validated >= 0].tolist())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_replay_goes_on_anywhere_exactly(mixed, workers):
+    whole = list(itertools.islice(mixed().train_dataloader(), 120))
+    for position in (1, 17, 100):
+        module = mixed(workers=workers)
+        module.position = position
+        rest = list(itertools.islice(module.train_dataloader(), 10))
+        for mine, theirs in zip(rest, whole[position:], strict=False):
+            assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.weights, theirs.weights)
+
+
+def test_ranks_read_different_rows_that_are_those_of_one_with_the_batch_of_all(mixed, monkeypatch):
+    alone = mixed()
+    alone.data.batch_size = 8
+    both = []
+    for rank in range(2):
+        module = mixed()
+        monkeypatch.setattr(module, "_rank", lambda rank=rank: (rank, 2))
+        both.append(module.train_batches())
+    for i in range(5):
+        rows = sorted(map(tuple, torch.cat([batches[i].tokens for batches in both]).tolist()))
+        assert rows == sorted(map(tuple, alone.train_batches()[i].tokens.tolist()))
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.01, 0), (0.9, 4), (1.0, 4), (-0.5, -2)])
+def test_a_share_that_leaves_one_corpus_without_rows_is_refused(mixed, share, rows):
+    with pytest.raises(ElaraError, match=f"data.replay.share={share} of data.batch_size=4 is {rows} rows: each corpus"):
+        mixed(share).train_batches()
+
+
+def test_a_replay_with_other_characters_than_the_tokenizer_s_is_refused_in_one_line(mixed):
+    module = mixed()
+    module.tokenizer_config = TokenizerConfig("char")
+    with pytest.raises(ElaraError, match="character 'S'") as error:
+        module.train_batches()
+    assert "\n" not in str(error.value)

@@ -40,9 +40,9 @@ def held_out():
 
 def test_conversations_are_the_same_in_every_version_of_python():
     rows = json.dumps([sample.row() for sample in conversations(500, 7)], sort_keys=True)
-    assert hashlib.sha256(rows.encode()).hexdigest()[:16] == "0a98f77b26874746"
+    assert hashlib.sha256(rows.encode()).hexdigest()[:16] == "97e9c6e03dd5972d"
     asked = json.dumps([conversation(question) for question in questions(200, 0)])
-    assert hashlib.sha256(asked.encode()).hexdigest()[:16] == "e6fcbf66b02bb010"
+    assert hashlib.sha256(asked.encode()).hexdigest()[:16] == "47d4c1f7c7cb1ba2"
 
 
 def test_a_longer_set_begins_with_the_shorter_and_another_seed_is_another():
@@ -88,7 +88,9 @@ def test_the_right_call_gives_the_answer_that_the_conversation_ends_with(trainin
         call = parse_call(asked["content"])
         assert call is not None and call.name in TOOLS and call.text() == asked["content"]
         assert before[0]["role"] == "user" or call.name in before[0]["content"], "the tool is among those named"
-        assert str(json.loads(said["content"])["result"]) in last["content"]
+        told = json.loads(said["content"])
+        expected = str(told["result"]) if "result" in told else "I found no "
+        assert expected in last["content"]
 
 
 def exact(call):
@@ -117,9 +119,10 @@ def test_results_are_true(training):
         if (call := parse_call(asked["content"])) is None:
             continue
         checked.add(call.name)
-        result, right = json.loads(said["content"])["result"], exact(call)
+        right = exact(call)
         if right is not None:
-            assert result == (right if isinstance(right, str) else pytest.approx(right, abs=6e-5, rel=1e-9)), call
+            near = right if isinstance(right, str) else pytest.approx(right, abs=6e-5, rel=1e-9)
+            assert json.loads(said["content"])["result"] == near, call
     assert checked == TOOLS.keys()
 
 

@@ -61,6 +61,7 @@ def test_a_call_is_judged_by_format_tool_and_arguments(change, expected):
 def test_an_answer_needs_the_result_as_a_word_of_its_own():
     question = ASKED["lookups"]
     reply, answer = right(question)
+    assert json.loads(conversation(question)[3]["content"]).keys() == {"result"}
     (record,) = (record for table in question.world.values() for key, record in table.items() if key in question.text)
     assert judge(question, reply, f"It is {record}, I think.")["answer"]
     for wrong in (f"It is 1{record}.", f"It is {record}1.", f"It is {record}.5", f"It is -{record}.", "It is.", None):

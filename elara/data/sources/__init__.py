@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from elara.data.config import DataConfig
+from elara.data.config import CorpusConfig
 from elara.data.sources.base import SPLITS, Counts, DocumentSource, Source, Split
 from elara.data.sources.samples import open_samples
 from elara.data.sources.shakespeare import Shakespeare
@@ -16,7 +16,7 @@ KINDS = ("shakespeare", "text", "hub", "parquet", "jsonl", "chat", "tool_use")
 CONVERSATIONS = ("chat", "tool_use")  # of which the assistant's words are learned
 
 
-def open_source(data: DataConfig, root: Path) -> Source:
+def open_source(data: CorpusConfig, root: Path) -> Source:
     """The source that `data.source` names; ElaraError when its settings are incomplete.
 
     root: folder of downloads and prepared data.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from elara.data import tool_use
-from elara.data.config import DataConfig
+from elara.data.config import CorpusConfig
 from elara.data.hashes import file_hash
 from elara.data.progress import Progress
 from elara.data.samples import Sample, read_samples, sample_files
@@ -127,7 +127,7 @@ class ToolUse(SampleSource):
         return tool_use.conversations(self._count, self._seed, self._families)
 
 
-def open_samples(data: DataConfig, root: Path) -> SampleSource:
+def open_samples(data: CorpusConfig, root: Path) -> SampleSource:
     """The source for `data.source` chat or tool_use; ElaraError when its settings are incomplete."""
     if data.source == "tool_use":
         return ToolUse(data.samples, data.samples_seed, list(data.families), data.val_fraction)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from elara import tokenizer as tokenizers
-from elara.data.config import DataConfig
+from elara.data.config import CorpusConfig
 from elara.data.hashes import file_hash
 from elara.data.progress import Progress
 from elara.data.sources.base import SPLITS, Counts, Split
@@ -42,7 +42,7 @@ SUFFIXES = {"parquet": (".parquet",), "json": (".jsonl", ".json", ".jsonl.gz", "
 class Table:
     """See `Source`. One document of every `1 / val_fraction` validates, at a place drawn by hash."""
 
-    data: DataConfig
+    data: CorpusConfig
     files: tuple[str, ...]  # local files; () = the hub
     root: Path  # of prepared data; remembers the hashes of large files
 
@@ -192,7 +192,7 @@ class Table:
             raise ElaraError(f"the hub cannot be reached ({reason}): check the network, {advice}") from error
 
 
-def open_table(data: DataConfig, root: Path) -> Table:
+def open_table(data: CorpusConfig, root: Path) -> Table:
     """The table for a configuration; ElaraError when its settings are incomplete."""
     if not 0 < data.val_fraction <= 0.5:
         raise ElaraError(f"data.val_fraction={data.val_fraction} must be above 0 and at most 0.5")

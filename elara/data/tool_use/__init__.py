@@ -60,7 +60,7 @@ def opening(question: Question, draws: Draws | None = None) -> list[Message]:
         kept = mixed[: draws.between(1, len(tools))]
         tools = kept if question.tool is None or question.tool in kept else [*kept, question.tool]
     user = {"role": "user", "content": question.text}
-    if draws is not None and draws.chance(5):
+    if draws is not None and draws.chance(2):
         return [user]
     return [{"role": "system", "content": f"Tools: {', '.join(tools)}"}, user]
 
@@ -72,7 +72,8 @@ def conversation(question: Question, draws: Draws | None = None) -> list[Message
         return [*messages, {"role": "assistant", "content": question.answer}]
     call = Call(question.tool, question.arguments)
     said = run_tool(call, question.world)
-    answer = question.answer.format(json.loads(said)["result"])
+    found = json.loads(said)
+    answer = question.answer.format(found["result"]) if "result" in found else question.failing
     return [
         *messages,
         {"role": "assistant", "content": call.text()},

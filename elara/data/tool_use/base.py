@@ -21,7 +21,8 @@ class Question:
 
     family: arithmetic, dates, ... template: which phrasing. held_out: whether that phrasing never occurs in training.
     tool, arguments: the right call; None = to be answered without one. values: the words of the question that are
-    to be copied into the call. answer: the last sentence, in which `{}` stands for what the tool said.
+    to be copied into the call. answer: the last sentence, in which `{}` stands for what the tool said; failing: that
+    sentence where the tool has an error to say.
     """
 
     family: str
@@ -33,6 +34,7 @@ class Question:
     arguments: dict[str, Any] = field(default_factory=dict)
     values: tuple[str, ...] = ()
     world: World = field(default_factory=dict)
+    failing: str = ""
 
 
 class Templates(NamedTuple):

@@ -30,6 +30,7 @@ TEMPLATES = Templates(
     ["Please look up the {what} for {key}.", "Could you tell me the {what} of {key}?", "For {key}, what is the {what}?",
      "Can you find the {what} of {key}?", "I want to know the {what} of {key}."],
 )  # fmt: skip
+MISSING = 8  # one of so many keys is not in the table
 CONSONANTS, VOWELS, ENDS = "bdfghjklmnprstvwz", "aeiou", ["", "", "n", "r", "s", "l", "k", "x"]
 
 
@@ -44,7 +45,7 @@ def look_up(arguments: dict[str, Any], world: World) -> Any:
 
 
 def _name(draws: Draws) -> str:
-    syllables = [draws.choice(CONSONANTS) + draws.choice(VOWELS) for _ in range(draws.between(2, 3))]
+    syllables = [draws.choice(CONSONANTS) + draws.choice(VOWELS) for _ in range(draws.between(1, 2))]
     return ("".join(syllables) + draws.choice(CONSONANTS) + draws.choice(VOWELS) + draws.choice(ENDS)).capitalize()
 
 
@@ -64,17 +65,20 @@ def _record(draws: Draws, table: str) -> Any:
 
 
 def make(draws: Draws, wanted: Wanted) -> Question:
-    """A question about one record; the table has a few more."""
+    """A question about one record; the table has a few more, and one time in eight it lacks this one."""
     table = draws.choice(list(TABLES))
     what, people = TABLES[table]
     key = _wanted_key(draws, wanted, people)
     others = [_key(draws, people) for _ in range(draws.between(2, 5))]
     world = {table: {name: _record(draws, table) for name in draws.shuffled([key, *others])}}
+    if draws.chance(MISSING):
+        del world[table][key]
     template = TEMPLATES.draw(draws, wanted.held_out_template)
     text = template.format(what=what, key=key)
     return Question(
         "lookups", template, wanted.held_out_template, spoken(draws, text, key),
         f"The {what} of {key} is {{}}.", "look_up", {"table": table, "key": key}, tuple(key.split()), world,
+        f"I found no {what} of {key}.",
     )  # fmt: skip
 
 

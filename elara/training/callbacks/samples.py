@@ -9,6 +9,7 @@ from typing import Any
 from lightning import Callback, Trainer
 
 from elara.data.batches import Batch
+from elara.data.conversation import Conversation
 from elara.decoding import SamplingConfig, complete
 from elara.runs import Run
 from elara.training.loggers import Monitor
@@ -23,7 +24,8 @@ class Samples(Callback):
 
     Args:
         folder: the run folder.
-        prompts: texts to continue, "" begins a document; None: the first words of the held-out text.
+        prompts: texts to continue, "" begins a document; None: the first words of the held-out text. Of data of
+            conversations: messages to answer.
         every: validations from one sample to the next.
         sampling: keys of `elara.decoding.SamplingConfig`.
     """
@@ -59,8 +61,11 @@ class Samples(Callback):
                 self._write(trainer, module)
 
     def _write(self, trainer: Trainer, module: Any) -> None:
-        prompts = [module.tokenizer.decode(self._first)] if self.prompts is None else self.prompts
-        samples = [(text, complete(module.model, module.tokenizer, text, self.sampling).text) for text in prompts]
+        chat = trainer.datamodule.chat  # type: ignore[attr-defined]
+        first = "Hello!" if chat else module.tokenizer.decode(self._first)
+        prompts = [first] if self.prompts is None else self.prompts
+        codec = Conversation(module.tokenizer) if chat else module.tokenizer
+        samples = [(text, complete(module.model, codec, text, self.sampling).text) for text in prompts]
         write_samples(self.path, module.step, [f"[{prompt}]{text}" if prompt else text for prompt, text in samples])
         for logger in trainer.loggers:
             if isinstance(logger, Monitor):
