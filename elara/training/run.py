@@ -150,6 +150,9 @@ def learn_from(config: DictConfig, data: ElaraData, trainer: lightning.Trainer) 
     settings = OmegaConf.to_object(config.distill)
     assert isinstance(settings, DistillConfig)
     teaching = Teaching(open_teachers(config.teachers, data.prepared.tokenizer), settings)
+    for teacher in teaching.teachers:
+        if teacher.projection is not None and global_rank() == 0:
+            say(f"{teacher.name} has another tokenizer: what it says is put into the student's tokens")
     if settings.on_policy and isinstance(trainer.strategy, FSDP):
         raise ElaraError("distill.on_policy needs a whole model on every rank: take another trainer than fsdp")
     if settings.opinions == "stored" and settings.on_policy < 1:
