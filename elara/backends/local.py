@@ -14,7 +14,7 @@ from elara.backends.base import BackendError, Messages, Params, TokenChoice, Top
 from elara.decoding import SamplingConfig
 
 READ_AT_ONCE = 4096  # tokens per forward that no answer is drawn from: bounds the hidden states in memory
-HEAD_AT_ONCE = 512  # positions whose logits are in memory at the same time
+HEAD_AT_ONCE = 256  # positions whose logits are in memory at the same time
 TOKEN_LOGPROBS = 64  # alternatives per written token, at most
 
 
@@ -68,29 +68,37 @@ def top_of(
         logits = head(some).float()  # (positions, vocab)
         target = following[start : start + len(some)].to(logits.device)
         start += len(some)
-        found.append((*top_k(logits, k, temperature), logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)))
+        then = logits.gather(1, target[:, None])[:, 0]
+        if temperature != 1:  # the token that follows is judged without it
+            then -= logits.logsumexp(1)
+            logits = logits.div_(temperature)
+        top, logprobs, rest, norm = top_k(logits, k)
+        found.append((top, logprobs, rest, then - norm if temperature == 1 else then))
     columns = [torch.cat(column).to(ids.device) for column in zip(*found, strict=True)]
     top, logprobs, rest, then = (column.unflatten(0, ids.shape) for column in columns)
     return TopLogprobs(top, logprobs, rest, then[:, :-1])
 
 
-def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The k likeliest tokens, best first, their log-probabilities and the one of all others together.
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k likeliest tokens, best first, their log-probabilities, the one of all others together, and the normaliser.
 
-    logits: (positions, vocab) float32. The mass of the others is summed, not what is left of 1: it may be tiny.
+    logits: (positions, vocab) float32, lost in this: the vocabulary is large, and every copy costs as much as the sums.
+    The mass of the others is summed, not what is left of 1: it may be tiny.
     """
-    scaled = logits / temperature
-    values, ids = scaled.topk(min(k, scaled.shape[1]), dim=1)
-    norm = scaled.logsumexp(1, keepdim=True)
-    rest = scaled.scatter(1, ids, -torch.inf).logsumexp(1)
-    return ids, values - norm, rest - norm[:, 0]
+    values, ids = logits.topk(min(k, logits.shape[1]), dim=1)
+    others = logits.scatter_(1, ids, -torch.inf)
+    largest = others.amax(1, keepdim=True).clamp(min=torch.finfo(others.dtype).min)  # -inf where there are no others
+    rest = others.sub_(largest).exp_().sum(1).log_() + largest[:, 0]
+    norm = torch.logaddexp(values.logsumexp(1), rest)
+    return ids, values - norm[:, None], rest - norm, norm
 
 
 def choices(logits: Tensor, written: Sequence[int], k: int, text_of: Callable[[int], str]) -> list[TokenChoice]:
     """What was drawn from logits (tokens, vocab), and the k likeliest beside it. text_of: the text of a token."""
-    ids, logprobs, _ = top_k(logits.float(), k)
     drawn = torch.tensor(written, device=logits.device)[:, None]
-    chosen = logits.float().gather(1, drawn)[:, 0] - torch.logsumexp(logits.float(), -1)
+    chosen = logits.float().gather(1, drawn)[:, 0]
+    ids, logprobs, _, norm = top_k(logits.float().clone(), k)
+    chosen -= norm
     found = zip(written, chosen.tolist(), ids.tolist(), logprobs.tolist(), strict=True)
     return [
         TokenChoice(text_of(token), value, tuple((text_of(i), v) for i, v in zip(others, values, strict=True)))

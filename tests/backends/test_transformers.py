@@ -87,6 +87,7 @@ def test_heads_that_cap_or_scale_their_logits_are_kept(tmp_path: Path) -> None:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             want = model(ids).logits.log_softmax(-1)
         torch.testing.assert_close(top.logprobs, want.gather(-1, top.ids), atol=1e-5, rtol=0)
+        assert (top.rest == -torch.inf).all(), "there are no other tokens"
 
 
 def test_rows_it_cannot_read_are_refused(backend: Transformers) -> None:
