@@ -121,6 +121,6 @@ def test_a_hub_out_of_reach_is_one_line_within_seconds(monkeypatch: pytest.Monke
     start = monotonic()
     with pytest.raises(BackendError, match="hub cannot be reached") as error:
         Transformers("nobody/nothing").embed(["x"])
-    assert monotonic() - start < 15
+    assert monotonic() - start < 60
     assert error.value.kind == "unreachable"
     assert "\n" not in str(error.value)

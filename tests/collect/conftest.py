@@ -23,10 +23,11 @@ Reply = str | bytes | int  # an answer's text, bytes that are none, or the statu
 
 
 class Oracle:
-    """Real HTTP on a port of its own. asked: how often each last message came."""
+    """Real HTTP on a port of its own. asked: how often each last message came; busy: when each was being answered."""
 
     def __init__(self, reply: Callable[[str], Reply], delay: float = 0.0) -> None:
         self.asked: Counter[str] = Counter()
+        self.busy: list[tuple[float, float]] = []
         self.delay = delay
         lock = threading.Lock()
 
@@ -41,8 +42,10 @@ class Oracle:
                 question = asked["messages"][-1]["content"]
                 with lock:
                     here.asked[question] += 1
+                began = time.monotonic()
                 time.sleep(here.delay)
                 said = reply(question)
+                here.busy.append((began, time.monotonic()))
                 if isinstance(said, int):
                     self._json(said, {"error": {"message": "no", "type": "test", "code": None, "param": None}})
                     return

@@ -54,12 +54,11 @@ def test_a_second_run_asks_only_what_is_new(collector, oracle):
 def test_teachers_work_side_by_side_and_their_disagreement_is_kept(collector, oracle):
     prompts = [f"question {i}?" for i in range(8)]
     agree, differ = oracle(lambda q: f"It is {q}", 0.2), oracle(lambda q: "XYZ" if "3" in q else f"It is {q}", 0.2)
-    began = time.monotonic()
     code, out, _ = collector(
         collector.ask(prompts), collector.teachers(a=agree, b=differ, settings={"concurrency": 2})
     )
     assert code == 0
-    assert time.monotonic() - began < 0.2 * 4 * 2, "one after the other they would need this long"
+    assert any(a < d and c < b for a, b in agree.busy for c, d in differ.busy)  # both at the same time
     assert len(collector.rows()) == 16
     rows = {row["prompt"]: row for row in collector.rows("disagreement.jsonl")}
     assert len(rows) == 8

@@ -59,6 +59,6 @@ def test_ctrl_c_while_smollm2_writes(collector, smollm2):
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 50
     assert f"interrupted; {len(collector.rows())} new answers are in" in err
     assert "Traceback" not in err
