@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -46,7 +46,7 @@ class Reader:
             self.fail("this is no GGUF file of version 2 or 3")
         count, keys = self.read(U64), self.read(U64)
         self.keys = {self.read(STRING): self.read(self.read(U32)) for _ in range(keys)}
-        self.tensors, self.matrices = dict[str, tuple[tuple[int, ...], int, int]](), list[Matrix]()  # those read so far
+        self.tensors, self.groups = dict[str, tuple[tuple[int, ...], int, int]](), dict[Any, list[Matrix]]()  # as read
         for _ in range(count):
             name, axes = self.read(STRING), self.read(U32)
             shape = [self.read(U64) for _ in range(axes if axes < 5 else self.fail(f"a tensor has {axes} axes"))]
@@ -88,7 +88,8 @@ class Reader:
             self.fail(f"the file is truncated or damaged: tensor {name} does not lie within it")
         raw = np.frombuffer(self.data, np.uint8, rows * row, self.base + offset)
         parts = [Matrix(part, kind, shape[-1]) for part in raw.reshape(math.prod(shape[:-2]), -1, row)]
-        self.matrices += parts
+        for i, part in enumerate(parts):  # those that meet the same x side by side: q, k and v, or gate and up
+            self.groups.setdefault((re.sub(r"attn_[qkv]\.|_(gate|up)(?=[._])", "", name), i, kind), []).append(part)
         return parts if len(shape) == 3 else parts[0] if len(shape) == 2 else parts[0].rows()[0]
 
 # weights = levels (*groups, blocks, rows, k) * scales (*groups or ones, blocks, rows) - minima (alike or None)
@@ -141,7 +142,7 @@ class Matrix:
     """Weights as they lie in the file, uint8 (rows, bytes of a row), of one of TYPES."""
     def __init__(self, raw: Array, kind: int, width: int) -> None:
         self.raw, self.kind, self.width = raw, kind, width
-        self.torch, self.packed = None, None  # type: Any, Any  # the module, its product of bfloat16 (tokens, width)
+        self.packed, self.span = None, ...  # type: Any, Any  # torch's product of x (tokens, width), own columns of it
     def unpack(self, part: Any) -> Unpacked:
         return UNPACK[self.kind](self.raw[part].reshape(-1, self.width // TYPES[self.kind][1], TYPES[self.kind][2]))
     def rows(self, part: Any = ...) -> Array:
@@ -156,7 +157,6 @@ class Matrix:
         levels, scales, minima = self.unpack(part)
         out: Array = levels * scales[..., None] - (0 if minima is None else minima[..., None])
         return out.transpose(-2, -3, *range(out.ndim - 3), -1).reshape(-1, self.width)  # (*groups, blocks, rows, k)
-
     def product(self, x: Array, out: Array, part: slice) -> None:
         """out[:, part] = x @ rows(part).T; x: (tokens, width)."""
         if self.kind not in UNPACK or len(x) > FEW:
@@ -171,10 +171,9 @@ class Matrix:
         out[:, part] = (sums[..., 0] * scales).sum(0) if len(out) == 1 else np.einsum("grt,gr->tr", sums, scales)
         if minima is not None:
             out[:, part] -= x.sum(-2).reshape(len(sums), -1).T @ minima.reshape(len(sums), -1)
-
-    def pack(self, torch: Any) -> None:
-        """Repack for torch's kernels: types of 4 bits with scales rounded to bfloat16, wider ones in 8 bits a row."""
-        self.torch, forms, scales, four = torch, [], [], self.kind in (2, 12)
+    def pack(self, torch: Any, group: "list[Matrix]") -> None:
+        """Repack a group's rows, all held here, for torch: types of 4 bits with bfloat16 scales, else 8 bits a row."""
+        forms, scales, four = list[Any](), list[Any](), self.kind in (2, 12)
         for part in (slice(i, i + 1024) for i in range(0, len(self.raw), 1024)):
             if four:
                 levels, scale, minima = self.unpack(part)
@@ -189,7 +188,9 @@ class Matrix:
             scales.append(torch.from_numpy(scale).bfloat16())
         product = torch.ops.aten._weight_int4pack_mm_for_cpu if four else torch.ops.aten._weight_int8pack_mm
         weights = torch.cat(forms), *([32] if four else []), torch.cat(scales, 1 if four else 0)
-        self.packed = lambda x: product(x, *weights)
+        packed = lambda x: product(torch.from_numpy(x).bfloat16(), *weights).float().numpy()  # noqa: E731
+        for each, end in zip(group, accumulate(len(each.raw) for each in group), strict=True):
+            each.packed, each.span = packed, slice(end - len(each.raw), end)
 # Letters and digits of Unicode 15 and 16, which older Pythons do not know: first+count
 NEWER = {"Z": """1c89+2 a7cb+3 a7da+3 105c0+34 10d4a+1c 10d6f+17 10ec2+3 1123f+2 11380+a 1138b+1 1138e+1 11390+26
 113b7+1 113d1+1 113d3+1 11bc0+21 11f02+1 11f04+d 11f12+22 1342f+1 13441+6 13460+f9b 16100+1e 16d40+2d 18cff+1 1b132+1
@@ -222,7 +223,6 @@ class Tokenizer:
         self.bytes = [bytes(BYTES.get(c, 63) for c in t) if kinds[i] == 1 else b"" for i, t in enumerate(tokens)]
         self.ranks = {tuple(pair.split(" ")): rank for rank, pair in enumerate(merges)}
         self.word = functools.cache(self._word)
-
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; raises GGUFError for a character that the vocabulary lacks."""
         words = WORDS.finditer(re.sub(r"[^ -~]", lambda c: _shape(c[0]), text))
@@ -269,8 +269,10 @@ class Elara:
         self.blocks = list[dict[str, Any]]()
         for prefix in (f"blk.{i}." for i in range(count)):
             block = {name: reader.tensor(f"{prefix}{name}.weight", *shape) for name, shape in shapes.items()}
-            for name, size in (("attn_q.bias", q), ("attn_k.bias", k), ("attn_v.bias", k)):
-                block[name] = reader.tensor(prefix + name, size) if prefix + name in reader.tensors else 0
+            given = [(f"{prefix}attn_{n}.bias", size) for n, size in (("q", q), ("k", k), ("v", k))]
+            bias = [reader.tensor(*each) if each[0] in reader.tensors else np.zeros(each[1], "f4") for each in given]
+            block["qkv_bias"], both = np.concatenate(bias), [block["attn_q_norm"], block["attn_k_norm"]]
+            block["qk_norm"] = np.repeat(both, (self.heads, self.kv_heads), 0)[:, None]
             if f"{prefix}ffn_gate_inp.weight" in reader.tensors:
                 block["router"] = reader.tensor(f"{prefix}ffn_gate_inp.weight", experts, w)
                 block["experts"] = mlp(prefix + "ffn_{}_exps.weight", inner, experts)
@@ -294,8 +296,9 @@ class Elara:
         if use_torch or (use_torch is None and find_spec("torch")):
             import torch
             torch.set_num_threads(threads or torch.get_num_threads())
-            for matrix in (m for m in reader.matrices if m.kind in UNPACK and len(m.raw) % 16 == 0):
-                matrix.pack(torch)
+            for group in (each for each in reader.groups.values() if each[0].kind in UNPACK):
+                if sum(len(m.raw) for m in group) % 16 == 0:
+                    Matrix(np.concatenate([m.raw for m in group]), group[0].kind, group[0].width).pack(torch, group)
         self.embed = reader.tensor("token_embd.weight", vocabulary, w)  # not packed: rows are all it gives
     @classmethod
     def load(cls, path: str | os.PathLike[str], threads: int | None = None, use_torch: bool | None = None) -> Self:
@@ -304,11 +307,12 @@ class Elara:
 
     def products(self, *pairs: tuple[Array, Matrix]) -> list[Array]:
         """x @ weights.T of every pair, float32 (tokens, rows), the tiles of all shared among threads."""
-        outs, jobs, narrow = [], list[Any](), dict[int, Any]()
+        outs, jobs, made = [], list[Any](), dict[Any, Any]()
         for x, matrix in pairs:
             if matrix.packed and len(x) <= PACKED:
-                narrow[id(x)] = given = narrow[id(x)] if id(x) in narrow else matrix.torch.from_numpy(x).bfloat16()
-                outs.append(matrix.packed(given).float().numpy())
+                if (key := (id(x), matrix.packed)) not in made:
+                    made[key] = matrix.packed(x)
+                outs.append(made[key][:, matrix.span])
                 continue
             outs.append(out := np.empty((len(x), len(matrix.raw)), np.float32))
             tiles = -(-len(matrix.raw) * matrix.width // TILE // self.threads) * self.threads
@@ -317,10 +321,10 @@ class Elara:
                 np.matmul(x, matrix.rows().T, out=out)  # BLAS has threads of its own
             else:
                 jobs += [(matrix, x, out, slice(i, i + step)) for i in range(0, len(matrix.raw), step)]
-        shares = [jobs[i :: self.threads] for i in range(self.threads) if i < len(jobs)]
-        waits = [self.pool.submit(_run, share) for share in shares[1:]]
-        _run(*shares[:1])
-        _ = [wait.result() for wait in waits]
+        if jobs:
+            waits = [self.pool.submit(_run, jobs[i :: self.threads]) for i in range(1, min(self.threads, len(jobs)))]
+            _run(jobs[:: self.threads])
+            _ = [wait.result() for wait in waits]
         return outs
 
     def forward(self, ids: Sequence[int], cache: Cache, groups: Sequence[int] = ()) -> Any:
@@ -334,7 +338,7 @@ class Elara:
         visible = key <= key[past:, None]
         visible[tokens:] = key < past + behind[:, None]
         visible[tokens:, past + tokens :] = group[:, None] == group
-        turn = [f(place[:, None, None] * self.frequency).astype("f4") for f in (np.cos, np.sin)]  # (all, 1, size / 2)
+        turn = [f(place[:, None] * self.frequency).astype("f4") for f in (np.cos, np.sin)]  # (all, size / 2)
         x = self.embed.rows(np.append(ids, [self.tokenizer.mask] * len(group)).astype(int))
         for layer, (i, recursion) in enumerate(self.layers):
             block = self.blocks[i]
@@ -346,21 +350,20 @@ class Elara:
         halves = self.products(*((x, w) for x, ws in parts for w in ws[:2]))
         inner = [gate / (1 + np.exp(-gate)) * up for gate, up in zip(halves[::2], halves[1::2], strict=True)]
         return self.products(*((x, ws[2]) for x, (_, ws) in zip(inner, parts, strict=True)))
-
     def _attention(self, h: Array, block: dict[str, Any], cache: Cache, layer: int, turn: Any, visible: Array) -> Array:
-        heads = zip(self.products(*((h, block[f"attn_{n}"]) for n in "qkv")), "qkv", strict=True)
-        q, k, v = ((y + block[f"attn_{n}.bias"]).reshape(len(h), -1, self.size) for y, n in heads)
-        q, k = (_turned(_norm(y, block[f"attn_{n}_norm"], self.eps), *turn) for y, n in ((q, "q"), (k, "k")))
-        cache.kv[layer, :, :, (past := cache.length) : past + len(h)] = k.swapaxes(0, 1), v.swapaxes(0, 1)
+        y = np.concatenate(self.products(*((h, block[f"attn_{n}"]) for n in "qkv")), 1) + block["qkv_bias"]
+        y = y.reshape(len(h), -1, self.size).swapaxes(0, 1)  # queries, keys and values: (heads, tokens, size)
+        qk = _turned(_norm(y[: -self.kv_heads], block["qk_norm"], self.eps), *turn)
+        new = slice(past := cache.length, past + len(h))
+        cache.kv[layer, 0, :, new], cache.kv[layer, 1, :, new] = qk[self.heads :], y[-self.kv_heads :]
         keys, values = cache.kv[layer, :, :, : past + len(h)]
-        q = (q * np.float32(self.size**-0.5)).swapaxes(0, 1).reshape(self.kv_heads, -1, self.size)
+        q = (qk[: self.heads] * np.float32(self.size**-0.5)).reshape(self.kv_heads, -1, self.size)
         scores = np.matmul(q, keys.swapaxes(1, 2))  # (kv heads, group * tokens, keys)
         if len(h) > 1:
             scores.reshape(self.heads, len(h), -1)[:, ~visible] = -np.inf
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         y = (np.matmul(scores, values) / scores.sum(-1, keepdims=True)).reshape(self.heads, len(h), self.size)
         return self.products((y.swapaxes(0, 1).reshape(len(h), -1), block["attn_output"]))[0]
-
     def _mlp(self, h: Array, block: dict[str, Any], recursion: int, tokens: int, behind: Array) -> Array:
         if "mlp" in block:
             return self._swiglus((h, block["mlp"]))[0]  # dense; else the chosen experts and the shared one
@@ -370,7 +373,7 @@ class Elara:
         if self.routing == "block" and len(behind):
             scores[tokens:] = scores[tokens:].reshape(-1, self.length, len(scores.T)).mean(1).repeat(self.length, 0)
         chosen = np.argsort(-(scores + block["bias"][: recursion + 1][-1]), -1, kind="stable")[:, : self.top]
-        gates = np.take_along_axis(scores, chosen, -1)
+        gates = scores[np.arange(len(h))[:, None], chosen]
         gates *= np.float32(self.gate_scale) / gates.sum(-1, keepdims=True)
         used = {e: np.nonzero(chosen == e) for e in sorted(set(chosen.flat))}
         parts = [(h[rows], [part[e] for part in block["experts"]]) for e, (rows, _) in used.items()]
@@ -379,7 +382,6 @@ class Elara:
         for (rows, column), out in zip(used.values(), outs, strict=True):
             y[rows] += out * gates[rows, column][:, None]
         return y
-
     def read(self, ids: Sequence[int], cache: Cache) -> Array:
         """Append a long text; final hidden states (tokens, width)."""
         return np.concatenate([self.forward(ids[i : i + PREFILL], cache) for i in range(0, len(ids) or 1, PREFILL)])
@@ -416,7 +418,6 @@ class Elara:
             draft, masks = [], hidden[len(given) + (count - 1) * self.length :][1 : self.length]
             if tidar and tokens > 1 and len(masks):
                 draft, proposals = self._draft(masks, text[-1], draws, random)
-
     def _draft(self, masks: Array, last: int, draws: Any, random: Any) -> tuple[list[int], Array]:
         """Proposals for what follows the last token, and what drew them, from hidden states (masks, width)."""
         proposals = np.empty((len(masks), len(self.head.raw))) if self.chain else draws(masks, self.diffusion)
@@ -427,7 +428,6 @@ class Elara:
                 proposals[i] = draws(mask + self._swiglus((x, self.chain))[0], self.diffusion)[0]
             draft.append(_draw(proposals[i], random))
         return draft[1:], proposals
-
     def _distribution(self, x: Array, head: Matrix, temperature: float, top_k: int, top_p: float) -> Any:
         """What to draw from behind hidden states, float64 (rows, vocabulary)."""
         logits = np.where(self.tokenizer.writable, self.products((x, head))[0].astype(np.float64), -np.inf)
@@ -452,7 +452,7 @@ class Elara:
             yield decoder.decode(b"".join(self.tokenizer.bytes[i] for i in new))
         yield decoder.decode(b"", True)
 
-def _run(jobs: Sequence[Any] = ()) -> None:
+def _run(jobs: Sequence[Any]) -> None:
     for matrix, *job in jobs:
         matrix.product(*job)
 def _norm(x: Array, weight: Array, eps: float) -> Any:
