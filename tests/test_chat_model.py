@@ -6,8 +6,11 @@ import json
 
 import gguf
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from elara.data.tool_use import parse_call
+from tests.conftest import TINY as SMALL
 
 TINY = ["experiment=chat_quick", "model.n_layer=2", "model.n_embd=96", "model.n_head=2", "model.hidden=192",
         "moe=none", "trm=none", "model.context_length=256", "data.families=[arithmetic]", "data.samples=4000",
@@ -45,3 +48,19 @@ def test_a_tiny_model_learns_to_call_a_tool_and_is_exported_with_a_chat_template
     assert done.returncode == 0, done.stderr
     field = gguf.GGUFReader(home.path / "chat.gguf").fields["tokenizer.chat_template"]
     assert "<|assistant|>" in bytes(field.parts[field.data[0]]).decode()
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_a_replay_goes_on_bit_for_bit(home):
+    options = [given for given in SMALL if given != "data=text"]
+    options += ["data=tool_use", "data.samples=300", "data.val_fraction=0.1", "data.replay.share=0.5",
+                "data.replay.source=text", f"data.replay.path={home.text}"]  # fmt: skip
+    assert home.run("name=whole", *options).returncode == 0
+    killed = home.kill_at(13, "killed", *options)
+    done = home.run("resume=auto", "name=killed")
+    assert done.returncode == 0, done.stderr
+    assert "going on at step 8 in" in done.stdout
+    whole = home.only_run("whole")
+    assert home.rows(killed) == home.rows(whole)
+    mine, theirs = (load_file(run / "checkpoints" / "step-24" / "model.safetensors") for run in (killed, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

@@ -173,13 +173,15 @@ def _rates(found: Sequence[tuple[Question, dict[str, bool]]]) -> list[CallRates]
         for phrasing, is_such in phrasings:
             own = [scores for question, scores in found if belongs(question) and is_such(question)]
             if own:
-                rates.append(CallRates(family, phrasing, *(_share([one[key] for one in own]) for key in MEASURES)))
+                rates.append(CallRates(family, phrasing, *(wilson([one[key] for one in own]) for key in MEASURES)))
     return rates
 
 
-def _share(outcomes: Sequence[bool]) -> Share:
+def wilson(outcomes: Sequence[bool]) -> Share:
+    """The share of what was right."""
     n, right, z = len(outcomes), sum(outcomes), 1.959964
     share = right / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Share(right, n, share, max(0.0, middle - half), min(1.0, middle + half))
+    low, high = (0.0 if not right else middle - half), (1.0 if right == n else middle + half)  # these two exactly
+    return Share(right, n, share, low, high)

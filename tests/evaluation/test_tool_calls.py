@@ -12,7 +12,7 @@ from rich.console import Console
 from elara.data.tool_use import conversation, questions
 from elara.errors import ElaraError
 from elara.evaluation import EvalConfig, evaluate
-from elara.evaluation.calls import judge, measure_calls
+from elara.evaluation.calls import judge, measure_calls, wilson
 from elara.evaluation.report import table, write
 from elara.tokenizer.byte import ByteTokenizer
 
@@ -82,10 +82,20 @@ def test_rates_are_counted_by_family_and_phrasing_with_wilson_s_interval(chatty)
     counted = {(one.family, one.phrasing): one.arguments.of for one in found.rates}
     assert counted["all tools", "all"] == 32
     assert all(counted[family, "all"] == 8 and counted[family, "held out"] == 4 for family in ASKED)
-    whole = found.rates[0].arguments
-    assert (whole.right, whole.share, whole.low) == (0, 0.0, 0.0), "an untrained model knows nothing"
-    assert whole.high == pytest.approx(0.1072, abs=1e-4)  # R: prop.test(0, 32, correct = FALSE), z = 1.96
+    assert found.rates[0].arguments == wilson([False] * 32), "an untrained model knows nothing"
     assert len(found.mistakes) == 20 and "<tool_call>" in found.mistakes[0].right
+
+
+@pytest.mark.parametrize(
+    ("right", "of", "low", "high"),  # Newcombe 1998, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
+     (29, 29, 0.8830, 1.0)],
+)  # fmt: skip
+def test_intervals_are_wilson_s(right, of, low, high):
+    found = wilson([True] * right + [False] * (of - right))
+    assert (found.right, found.of, found.share) == (right, of, right / of)
+    assert (found.low, found.high) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
+    assert 0 <= found.low <= found.share <= found.high <= 1, "error bars have no negative length"
 
 
 def test_table_json_and_picture_show_them(chatty, loaded, text, tmp_path):
