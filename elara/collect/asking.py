@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from elara.backends import Answer, Backend, BackendError, Params
 from elara.collect.config import THREAD
-from elara.collect.prompts import Prompt, digest
+from elara.collect.prompts import Prompt
 from elara.collect.store import Store, answer_id, answer_sample
+from elara.data.hashes import digest
 from elara.data.samples import Sample
 from elara.errors import ElaraError
 

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from elara.collect.prompts import digest
+from elara.data.hashes import digest
 
 LONG = 40  # characters from which an answer may not come back for another question; "Yes." may
 HASHES = 128  # a similarity of 0.8 is estimated with a standard error of 0.035

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +11,8 @@ from pathlib import Path
 
 from elara.collect.config import PromptsConfig
 from elara.data import DataConfig
-from elara.data.samples import SUFFIXES, Message, Sample, read_samples
+from elara.data.hashes import digest
+from elara.data.samples import SUFFIXES, Message, Sample, prompt_id, read_samples
 from elara.data.sources import Source, open_source
 from elara.data.sources.samples import SampleSource
 from elara.errors import ElaraError
@@ -32,7 +31,7 @@ class Prompt:
     @classmethod
     def of(cls, messages: Iterable[Message]) -> Prompt:
         own = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-        return cls(digest([[m["role"], m["content"]] for m in own]), own)
+        return cls(prompt_id(own), own)
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,6 @@ class Prompts:
     found: int
     repeated: int
     unanswerable: int
-
-
-def digest(value: object) -> str:
-    """A short hash of JSON values."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def read_prompts(wanted: PromptsConfig, data: DataConfig | None, root: Path) -> Prompts:
@@ -126,7 +119,7 @@ def _from_path(wanted: PromptsConfig) -> Iterator[Prompt | None]:
 
 def _from_data(wanted: PromptsConfig, source: Source) -> Iterator[Prompt | None]:
     if isinstance(source, SampleSource):  # conversations are asked as they are
-        return (_sample(sample, wanted) for sample in source.samples() if source.split_of(sample) == "train")
+        return (_sample(sample, wanted) for sample in source.samples_of("train"))
     most = None if wanted.limit is None else max(READ, 16 * wanted.limit)
     return (_text(text, wanted, CONTINUE) for text in islice(passages(source, wanted.passage), most))
 

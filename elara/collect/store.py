@@ -17,7 +17,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from elara.backends import Answer, Params
-from elara.collect.prompts import Prompt, digest
+from elara.collect.prompts import Prompt
+from elara.data.hashes import digest
 from elara.data.samples import Sample
 from elara.errors import ElaraError
 

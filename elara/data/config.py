@@ -6,12 +6,39 @@ from dataclasses import dataclass, field
 
 
 @dataclass
+class MixConfig:
+    """How often each sample of a kind is in the training part: 2.5 = twice, and half of them a third time."""
+
+    document: float = 1.0  # texts
+    feedback: float = 1.0  # rated answers
+    teacher: float = 1.0  # answers of teachers, and conversations of other kinds
+
+
+@dataclass
+class RagConfig:
+    """Passages of the documents before the questions."""
+
+    k: int = 0  # passages per question; 0 = none
+    dropout: float = 0.25  # share of the conversations that stay without
+    passage: int = 200  # characters per passage, at most
+
+
+@dataclass
+class HoneycombConfig:
+    """What is made of memory."""
+
+    min_rating: float = 0.5  # feedback rated lower is left out
+    mix: MixConfig = field(default_factory=MixConfig)
+    rag: RagConfig = field(default_factory=RagConfig)
+
+
+@dataclass
 class CorpusConfig:
     """Which corpus, and how it is split."""
 
     name: str = "shakespeare_char"  # begins the name of the prepared folder
-    source: str = "shakespeare"  # shakespeare | text | hub | parquet | jsonl | chat | tool_use
-    path: str | None = None  # text, parquet, jsonl, chat: a file or folder; hub: null, or local parquet files instead
+    source: str = "shakespeare"  # shakespeare | text | hub | parquet | jsonl | chat | tool_use | honeycomb
+    path: str | None = None  # text, parquet, jsonl, chat, honeycomb: file or folder; hub: null, or local parquet files
     url: str | None = None  # shakespeare: another place (address or path) for the same archive
     dataset: str | None = None  # hub: name of the dataset
     subset: str | None = None  # hub: configuration of the dataset, where it has several
@@ -25,6 +52,7 @@ class CorpusConfig:
     families: list[str] = field(  # tool_use: kinds of questions, in equal shares
         default_factory=lambda: ["arithmetic", "dates", "units", "lookups", "talk"]
     )
+    honeycomb: HoneycombConfig = field(default_factory=HoneycombConfig)  # honeycomb: ratings, kinds, passages
     processes: int | None = None  # hub, parquet, jsonl: processes that tokenise; null = all cores for large data
 
 

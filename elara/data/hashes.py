@@ -1,4 +1,4 @@
-"""Hashes of source files; those of large files are remembered as long as size and time of change stay the same."""
+"""Hashes of values, and of source files; those of large files are remembered while size and time of change stay."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ from pathlib import Path
 from elara.archives import sha256_of
 
 LARGE = 1 << 26  # bytes; below, hashing takes less than a tenth of a second
+
+
+def digest(value: object) -> str:
+    """A short hash of JSON values."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def fraction(key: str, purpose: str = "") -> float:
+    """A number from 0 to below 1 by hash, independent for every purpose."""
+    hashed = hashlib.blake2b(key.encode(), digest_size=8, person=purpose.encode()).digest()
+    return (int.from_bytes(hashed, "little") >> 11) / 2**53
 
 
 def file_hash(file: Path, root: Path) -> str:

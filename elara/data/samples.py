@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elara.data.hashes import digest
 from elara.errors import ElaraError
 from elara.tokenizer import ROLES
 
@@ -49,6 +50,8 @@ class Sample:
             raise ElaraError(f"sample {self.id} needs either messages or text")
         if not 0 <= self.weight < float("inf"):
             raise ElaraError(f"sample {self.id} has weight {self.weight}: give a number of at least 0")
+        if not isinstance(self.provenance, Mapping):
+            raise ElaraError(f"sample {self.id} has a provenance that is no JSON object")
         for message in self.messages or ():
             if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
                 raise ElaraError(
@@ -78,6 +81,12 @@ class Sample:
             )
         except (TypeError, ValueError, ElaraError) as error:
             raise ElaraError(f"{where}: {error}") from error
+
+
+def prompt_id(messages: Iterable[Message]) -> str:
+    """The name of what is asked: a hash of the messages before an answer. Collected answers keep it as
+    `provenance["prompt"]`."""
+    return digest([[message["role"], message["content"]] for message in messages])
 
 
 def sample_files(path: Path | str) -> list[Path]:

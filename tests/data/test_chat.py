@@ -78,6 +78,16 @@ def test_the_split_is_by_id_alone_and_near_the_fraction(write, tmp_path):
     assert all(split.get(sample.id, more.split_of(sample)) == more.split_of(sample) for sample in more.samples())
 
 
+def test_what_several_teachers_answered_to_one_prompt_is_never_divided(write, tmp_path):
+    asked = [(i, name) for i in range(200) for name in ("a", "b", "c")]
+    rows = [Sample(f"{a}{i}", talk(i, a).messages, None, "teacher", 1.0, {"prompt": f"p{i}"}) for i, a in asked]
+    source = Chat(write(rows).path, 0.2, tmp_path)
+    found = {split: {sample.provenance["prompt"] for sample in source.samples_of(split)} for split in ("train", "val")}
+    assert not found["train"] & found["val"] and 20 < len(found["val"]) < 60
+    documents = [len(list(source.documents(split))) for split in ("train", "val")]
+    assert documents == [3 * len(found["train"]), 3 * len(found["val"])]
+
+
 def test_changed_samples_are_prepared_anew(write, tmp_path):
     before = prepare(write(map(talk, range(50))), BYTES, tmp_path / "data")
     assert prepare(write(map(talk, range(50))), BYTES, tmp_path / "data").folder == before.folder

@@ -1,9 +1,10 @@
-"""Where text comes from: Shakespeare, the user's own files, tables of documents, conversations."""
+"""Where text comes from: Shakespeare, the user's own files, tables of documents, conversations, memory."""
 
 from pathlib import Path
 
 from elara.data.config import CorpusConfig
 from elara.data.sources.base import SPLITS, Counts, DocumentSource, Source, Split
+from elara.data.sources.honeycomb import Honeycomb
 from elara.data.sources.samples import open_samples
 from elara.data.sources.shakespeare import Shakespeare
 from elara.data.sources.table import open_table
@@ -12,8 +13,8 @@ from elara.errors import ElaraError
 
 __all__ = ["CONVERSATIONS", "SPLITS", "Counts", "DocumentSource", "Source", "Split", "open_source"]
 
-KINDS = ("shakespeare", "text", "hub", "parquet", "jsonl", "chat", "tool_use")
-CONVERSATIONS = ("chat", "tool_use")  # of which the assistant's words are learned
+KINDS = ("shakespeare", "text", "hub", "parquet", "jsonl", "chat", "tool_use", "honeycomb")
+CONVERSATIONS = ("chat", "tool_use", "honeycomb")  # of which the assistant's words are learned
 
 
 def open_source(data: CorpusConfig, root: Path) -> Source:
@@ -27,6 +28,10 @@ def open_source(data: CorpusConfig, root: Path) -> Source:
         return open_text(data.path, data.val_fraction, root)
     if data.source in ("hub", "parquet", "jsonl"):
         return open_table(data, root)
+    if data.source == "honeycomb":
+        if data.path is None:
+            raise ElaraError("data=honeycomb needs data.path=<a folder or file of samples>, as memory is exported")
+        return Honeycomb(data.path, data.val_fraction, data.honeycomb, root)
     if data.source in CONVERSATIONS:
         return open_samples(data, root)
     raise ElaraError(f"data.source={data.source} is unknown: use {', '.join(KINDS)}")

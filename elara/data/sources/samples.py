@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import numpy as np
 
 from elara.data import tool_use
 from elara.data.config import CorpusConfig
-from elara.data.hashes import file_hash
+from elara.data.hashes import file_hash, fraction
 from elara.data.progress import Progress
 from elara.data.samples import Sample, read_samples, sample_files
 from elara.data.sources.base import SPLITS, Counts, Split
@@ -25,7 +24,7 @@ HEAVIEST = 1000.0  # a weight beyond is a mistake; float16 holds 65504
 
 
 class SampleSource(ABC):
-    """See `Source`. Every sample is a document; the hash of its id decides whether it validates.
+    """See `Source`. Every sample is a document; a hash decides whether it validates (`split_of`).
 
     A subclass says where samples come from: `identity` and `samples`, which is read several times.
     """
@@ -49,9 +48,12 @@ class SampleSource(ABC):
 
     def documents(self, split: Split) -> Iterator[list[str]]:
         """Conversations as their messages' texts, a line each."""
-        for sample in self.samples():
-            if self.split_of(sample) == split:
-                yield ["\n".join([*_texts(sample), ""])]
+        for sample in self.samples_of(split):
+            yield ["\n".join([*_texts(sample), ""])]
+
+    def samples_of(self, split: Split) -> Iterator[Sample]:
+        """The samples of one part."""
+        return (sample for sample in self.samples() if self.split_of(sample) == split)
 
     def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
         silent = 0
@@ -78,9 +80,13 @@ class SampleSource(ABC):
         return counts
 
     def split_of(self, sample: Sample) -> Split:
-        """The split of a sample, by its id alone: adding others moves none."""
-        digest = hashlib.blake2b(sample.id.encode(), digest_size=8).digest()
-        return "val" if int.from_bytes(digest, "little") < self.val_fraction * 2**64 else "train"
+        """The split of a sample, by its `split_key` alone: adding others moves none."""
+        return "val" if fraction(self.split_key(sample)) < self.val_fraction else "train"
+
+    def split_key(self, sample: Sample) -> str:
+        """What decides the split: the id of the prompt where `elara.collect` wrote one, so that the answers of several
+        teachers to it are never divided; else the sample's own."""
+        return str(sample.provenance.get("prompt") or sample.id)
 
 
 class Chat(SampleSource):
@@ -97,6 +103,7 @@ class Chat(SampleSource):
             "path": str(self._path),
             "sha256": {str(file): file_hash(file, self._root) for file in self._files},
             "val_fraction": self.val_fraction,
+            "split": "by prompt",  # of those that name one; what was prepared when all went by their ids is made anew
         }
 
     def samples(self) -> Iterator[Sample]:
