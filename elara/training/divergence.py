@@ -17,41 +17,35 @@ KINDS = ("forward_kl", "reverse_kl", "jensen_shannon")
 LOWEST = -50.0  # log-probabilities below count as this: 2e-22, and no infinity in a difference
 
 
-def coarse_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+def coarse_logprobs(logprobs: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities of the tokens `ids` and, last, of all others together.
 
-    logits: (rows, vocab) float32; ids: (rows, k), -1 = no token, without any probability. Returns (rows, k + 1).
+    logprobs: (rows, vocab) float32, of all tokens; ids: (rows, k), -1 = no token, without any probability. Returns
+    (rows, k + 1).
     """
-    value: Tensor = _Coarse.apply(logits, ids)
+    value: Tensor = _Coarse.apply(logprobs, ids)
     return value
 
 
 class _Coarse(torch.autograd.Function):
-    """Keeps one matrix of the logits' size for its backward pass, where autograd's own graph would keep four.
-
-    With q = softmax(logits), S = the mass of the rest and a_i, b = the gradients of log q_i and log S,
-    the gradient is a_j - (sum a + b) q_j for a token of `ids` and (b / S - (sum a + b)) q_j for any other.
-    """
+    """The rest is summed, not what the others leave of 1; one matrix is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
-        norm = logits.logsumexp(1, keepdim=True)
+    def forward(ctx: Any, logprobs: Tensor, ids: Tensor) -> Tensor:
         at = ids.clamp(min=0)
-        top = (logits.gather(1, at) - norm).masked_fill(ids < 0, -torch.inf)
-        rest = (logits - norm).exp_()  # (rows, vocab)
+        top = logprobs.gather(1, at).masked_fill(ids < 0, -torch.inf)
+        rest = logprobs.exp()  # (rows, vocab)
         first = rest[:, 0].masked_fill((ids == 0).any(1), 0.0)  # which -1 stands in for
         rest.scatter_(1, at, 0.0)[:, 0] = first
         mass = rest.sum(1, keepdim=True)
-        ctx.save_for_backward(rest, mass, top, at)
+        ctx.save_for_backward(rest, mass, ids)
         return torch.cat([top, mass.log()], 1).clamp(min=LOWEST)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rest, mass, top, at = ctx.saved_tensors
-        grad = torch.cat([grad[:, :-1].masked_fill(top == -torch.inf, 0.0), grad[:, -1:]], 1)
-        total = grad.sum(1, keepdim=True)
-        of_rest = grad[:, -1:] / mass.clamp(min=math.exp(LOWEST)) - total
-        return (rest * of_rest).scatter_add_(1, at, grad[:, :-1] - total * top.exp()), None
+        rest, mass, ids = ctx.saved_tensors
+        spread = rest * (grad[:, -1:] / mass.clamp(min=math.exp(LOWEST)))
+        return spread.scatter_add_(1, ids.clamp(min=0), grad[:, :-1].masked_fill(ids < 0, 0.0)), None
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:

@@ -95,14 +95,17 @@ def head_loss(
     opinions = [] if lesson is None else [_rows(opinion, scale) for opinion in lesson.opinions]
 
     def parts(logits: Tensor, rows: slice) -> Parts:
-        surprise = F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="none")
+        logprobs = logits.log_softmax(1)
+        surprise = F.nll_loss(logprobs, targets[rows], ignore_index=IGNORE, reduction="none")
         total = ce = (surprise * scale[rows]).sum()
         figures = [ce.detach()]
         if lesson is not None:
             total = (1 - lesson.weight) * ce
-            for ids, logprobs, share in opinions:
-                student = coarse_logprobs(logits / lesson.temperature, ids[rows])
-                value = (divergence(student, logprobs[rows], lesson.kind) * share[rows]).sum()
+            if lesson.temperature != 1:
+                logprobs = (logits / lesson.temperature).log_softmax(1)
+            for ids, theirs, share in opinions:
+                student = coarse_logprobs(logprobs, ids[rows])
+                value = (divergence(student, theirs[rows], lesson.kind) * share[rows]).sum()
                 total = total + lesson.weight * lesson.temperature**2 * value
                 figures.append(value.detach())
         return total, torch.stack(figures)
