@@ -196,13 +196,13 @@ class Elara:
 
     def _prompt(self, messages: Messages) -> list[int]:
         loaded, text = self._ready(), last_text(messages)
-        if loaded.meta.get("chat"):
-            try:
+        try:
+            if loaded.meta.get("chat"):
                 ids, _ = loaded.tokenizer.apply_chat(messages, generate=True)
-            except ElaraError as error:
-                raise BackendError("unfit", str(error)) from error
-        else:
-            ids = encode_prompt(loaded.tokenizer, text)
+            else:
+                ids = encode_prompt(loaded.tokenizer, text)
+        except ElaraError as error:
+            raise BackendError("unfit", str(error)) from error
         if len(ids) >= (context := loaded.config.model.context_length):
             raise BackendError("unfit", f"the prompt has {len(ids)} tokens, the model's context holds {context}")
         return ids

@@ -37,11 +37,11 @@ def _from_hub(model: str, revision: str | None, gguf_file: str | None) -> tuple[
     advice = "give backend.model=<a local folder>"
     try:
         info = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT)
-    except HfHubHTTPError as error:
-        raise BackendError(
-            "refused", f"the hub refuses {model} ({brief(error)}): check the name, or {advice}"
-        ) from error
     except Exception as unreachable:
+        status = unreachable.response.status_code if isinstance(unreachable, HfHubHTTPError) else 500
+        if status < 500 and status != 429:
+            reason = f"the hub refuses {model} ({brief(unreachable)}): check the name, or {advice}"
+            raise BackendError("refused", reason) from unreachable
         kept = try_to_load_from_cache(model, gguf_file or "config.json", revision=revision)
         if not isinstance(kept, str):
             reason = f"there is no folder {model}, and the hub cannot be reached ({type(unreachable).__name__})"

@@ -32,7 +32,7 @@ class SmolLM2(Transformers):
         self.url = url
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": self.kind, "model": MODEL, "revision": SMOLLM2.sha256}
+        return {"kind": self.kind, "model": MODEL, "revision": SMOLLM2.sha256, "dtype": self.dtype}
 
     def _read_tokenizer(self) -> HuggingFaceTokenizer:
         return smollm2.fetch(_archives(), self.url)

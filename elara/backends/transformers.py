@@ -87,7 +87,9 @@ class Transformers:
         folder, commit = self._source()
         revision = commit or revision_of(folder, self.gguf_file)
         model = self.model if commit else folder.name
-        return {"kind": self.kind, "model": "/".join(filter(None, (model, self.gguf_file))), "revision": revision}
+        name = "/".join(filter(None, (model, self.gguf_file)))
+        asked = {"dtype": self.dtype, "end_token": self.end_token}
+        return {"kind": self.kind, "model": name, "revision": revision, **asked}
 
     def generate(self, messages: Messages, params: Params) -> Iterator[str]:
         causal = self._loaded()

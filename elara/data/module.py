@@ -65,7 +65,7 @@ class ElaraData(LightningDataModule):
     def train_batches(self) -> Batches | Mixture:
         """This rank's training batches."""
         replay, train = self.data.replay, self.prepared.train
-        if self.data.pack and self._rank()[0] == 0:
+        if self.data.pack and not self.data.cross_documents and self._rank()[0] == 0:
             self._note_split(train)
         if not replay.share:
             return self._batches(train, self.data, self.data.batch_size)
@@ -75,8 +75,6 @@ class ElaraData(LightningDataModule):
                 f"data.replay.share={replay.share} of data.batch_size={self.data.batch_size} is {rows} rows: "
                 "each corpus needs at least one; change either"
             )
-        if self.opinions:
-            raise ElaraError("stored opinions of teachers and data.replay exclude each other: distill.opinions=live")
         same = TokenizerConfig("saved", path=str(self.prepared.folder / "tokenizer"))
         old = prepare(replay, same, self.root).train
         main = self._batches(train, self.data, self.data.batch_size - rows)

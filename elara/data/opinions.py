@@ -24,7 +24,7 @@ class StoredOpinion(NamedTuple):
 
     ids: int64 (batch, seq, k), the likeliest tokens behind each, -1 where there are fewer; logprobs: float32 (batch,
     seq, k + 1), the rest of the vocabulary last, adding up to 1. following: float32 (batch, seq), of the token that
-    does follow.
+    does follow; nan where there is no opinion.
     """
 
     ids: Tensor
@@ -50,8 +50,8 @@ class OpinionFile:
         return OpinionFile, (self.folder,)
 
     def read(self, places: NDArray[np.int64]) -> StoredOpinion:
-        """Behind the tokens at `places` (batch, seq); those below 0 give anything."""
-        at = places.clip(min=0)
+        """Behind the tokens at `places` (batch, seq); those below 0 and the last one of all give anything."""
+        at = places.clip(0, len(self._following) - 1)
         logprobs = torch.from_numpy(self._logprobs[at].astype(np.float32)).log_softmax(-1)  # float16 rounds the sum
         ids = torch.from_numpy(self._ids[at].astype(np.int64))
         ids[ids == np.iinfo(self._ids.dtype).max] = -1

@@ -1,7 +1,7 @@
 """The training objective: next-token cross entropy, plus a weighted diffusion loss on the mask section.
 
 With teachers every head's loss becomes (1 - weight) * cross entropy + weight * temperature^2 * divergence from them
-(Hinton et al., arXiv 1503.02531, section 2).
+(Hinton et al., arXiv 1503.02531, section 2); where they have no opinion it stays the cross entropy.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Lesson:
     temperature: float = 1.0
     weight: float = 0.5
     diffusion: bool = True  # the diffusion head learns from them too
+    written: bool = False  # by the student itself: only what teachers say of it is learned
 
 
 @dataclass
@@ -92,7 +93,7 @@ def head_loss(
     scale = (targets != IGNORE) / count  # (batch, seq)
     scale = (scale if weights is None else scale * weights).flatten()
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    opinions = [] if lesson is None else [_rows(opinion, scale) for opinion in lesson.opinions]
+    opinions = [] if lesson is None else [_rows(opinion) for opinion in lesson.opinions]
 
     def parts(logits: Tensor, rows: slice) -> Parts:
         logprobs = logits.log_softmax(1)
@@ -100,12 +101,13 @@ def head_loss(
         total = ce = (surprise * scale[rows]).sum()
         figures = [ce.detach()]
         if lesson is not None:
-            total = (1 - lesson.weight) * ce
+            known = sum(share[rows] * (ids[rows] >= 0).any(1) for ids, _, share in opinions)  # 0 where none has a say
+            total = (surprise * scale[rows] * (1 - lesson.weight * known)).sum()
             if lesson.temperature != 1:
                 logprobs = (logits / lesson.temperature).log_softmax(1)
             for ids, theirs, share in opinions:
                 student = coarse_logprobs(logprobs, ids[rows])
-                value = (divergence(student, theirs[rows], lesson.kind) * share[rows]).sum()
+                value = (divergence(student, theirs[rows], lesson.kind) * share[rows] * scale[rows]).sum()
                 total = total + lesson.weight * lesson.temperature**2 * value
                 figures.append(value.detach())
         return total, torch.stack(figures)
@@ -119,10 +121,10 @@ def head_loss(
     return found
 
 
-def _rows(opinion: Opinion, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An opinion with batch and places in one dimension, its share of each place's loss last."""
+def _rows(opinion: Opinion) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, log-probabilities and share with batch and places in one dimension."""
     seq = opinion.ids.shape[1]
-    return opinion.ids.flatten(0, 1), opinion.logprobs.flatten(0, 1), opinion.share.repeat_interleave(seq) * scale
+    return opinion.ids.flatten(0, 1), opinion.logprobs.flatten(0, 1), opinion.share.repeat_interleave(seq)
 
 
 class _Chunked(torch.autograd.Function):
@@ -206,6 +208,7 @@ def elara_loss(
         factors = None if weights is None else weights[:, places]
         if supervision.weights is not None:
             factors = supervision.weights if factors is None else supervision.weights * factors
+        silent = lesson is not None and lesson.written  # nothing to learn then, unless teachers speak to this head
         if lesson is not None:  # what they say about the token at a place stands behind the one before it
             heeded = [opinion.at(places - 1) for opinion in lesson.opinions] if lesson.diffusion else []
             lesson = replace(lesson, opinions=heeded) if heeded else None
@@ -215,5 +218,6 @@ def elara_loss(
             mask_hidden, model.diffusion_weight, known[:, places], weights=factors, over_ranks=over_ranks, lesson=lesson
         )
         teachers |= {f"{name}_diffusion": value for name, value in zip(names, heard, strict=False)}
-        total = total + config.loss_weight * to_minimise
+        if lesson is not None or not silent:
+            total = total + config.loss_weight * to_minimise
     return Losses(total, ar, diffusion, output.routing.penalty, output.routing, teachers)

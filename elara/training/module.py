@@ -127,7 +127,7 @@ class ElaraModule(lightning.LightningModule):
         drawn = _mix(self.seed, "on_policy", self.trainer.global_step) / (1 << 63)
         if drawn >= self.teaching.settings.on_policy:
             return batch, self.teaching.lesson(batch), False
-        seed = _mix(self.seed, "written", batch_idx, self.global_rank)
+        seed = (_mix(self.seed, "written", batch_idx) >> 1) + self.global_rank * len(batch.tokens)
         return *self.teaching.on_policy(self.model, self.tokenizer, batch, seed), True
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -160,7 +160,7 @@ class ElaraModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses with the same mask sections at every validation."""
         generator, place = self._seeded("val", batch_idx), (self.global_rank, self.trainer.world_size)
-        tokens, weights = batch.tokens, batch.weights
+        tokens, weights = batch.tokens, None if batch.weights is None else (batch.weights > 0).float()
         losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, place=place, weights=weights)
         targets = tokens[:, 1:] >= 0 if weights is None else weights[:, 1:] > 0
         self.val_means.update(self._parts(losses, self.val_means), targets.sum())

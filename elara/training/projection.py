@@ -57,7 +57,7 @@ class Projection:
         ids = np.full((*rows.shape, k), -1, np.int64)
         logprobs = np.full((*rows.shape, k + 1), NOTHING, np.float32)
         logprobs[..., k] = 0.0  # no opinion: all that there is lies in the rest
-        following = np.zeros(rows.shape, np.float32)
+        following = np.full(rows.shape, np.nan, np.float32)
         tops, masses = said.ids.cpu().numpy(), said.logprobs.exp().cpu().numpy()
         for i, (row, reading) in enumerate(zip(rows.tolist(), readings, strict=True)):
             self._project(row, reading, tops[i], masses[i], ids[i], logprobs[i], following[i])

@@ -23,6 +23,7 @@ from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
 from elara.data.config import DataConfig
 from elara.data.module import ElaraData
+from elara.data.sources import CONVERSATIONS
 from elara.device import processes
 from elara.errors import ElaraError
 from elara.launch import global_rank, local_ranks, nodes
@@ -136,7 +137,7 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
         seed=config.seed,
         optimizer=factory(config.optimizer, "optimizer"),
         schedule=factory(config.schedule, "schedule")(config.trainer.max_steps),
-        chars_per_token=val["characters"] / val["tokens"],
+        chars_per_token=None if prepared.val.weights is not None else val["characters"] / val["tokens"],
         uneven=not data_config.cross_documents or prepared.train.weights is not None or data_config.replay.share > 0,
         teaching=teaching,
     )
@@ -149,17 +150,20 @@ def learn_from(config: DictConfig, data: ElaraData, trainer: lightning.Trainer) 
         return None
     settings = OmegaConf.to_object(config.distill)
     assert isinstance(settings, DistillConfig)
-    teaching = Teaching(open_teachers(config.teachers, data.prepared.tokenizer), settings)
+    conversations = data.data.source in CONVERSATIONS
+    teachers = open_teachers(config.teachers, data.prepared.tokenizer, conversations=conversations)
+    teaching = Teaching(teachers, settings)
     for teacher in teaching.teachers:
         if teacher.projection is not None and global_rank() == 0:
             say(f"{teacher.name} has another tokenizer: what it says is put into the student's tokens")
     if settings.on_policy and isinstance(trainer.strategy, FSDP):
         raise ElaraError("distill.on_policy needs a whole model on every rank: take another trainer than fsdp")
     if settings.opinions == "stored" and settings.on_policy < 1:
+        if data.data.replay.share:
+            raise ElaraError("what teachers said is stored for data, not for data.replay: take distill.opinions=live")
         data.opinions = [stored_opinions(teacher, data.prepared, settings) for teacher in teaching.teachers]
-    if settings.opinions == "stored" and not settings.on_policy:
         for teacher in teaching.teachers:
-            teacher.backend.close()  # its memory is the student's now
+            teacher.backend.close()  # its memory is the student's; when it is asked again, it loads again
     return teaching
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor
 
-from elara.backends import Backend
+from elara.backends import Backend, BackendError
+from elara.backends.elara import Elara
 from elara.data import Prepared
 from elara.data.batches import PADDING, Batch
 from elara.data.opinions import MANIFEST, OpinionFile, OpinionWriter, StoredOpinion
@@ -42,15 +43,26 @@ class Teacher:
     name: str
     weight: float
     backend: Backend
+    student: Tokenizer
     projection: Projection | None = None
 
     def opinion(self, rows: Tensor, settings: DistillConfig) -> StoredOpinion:
         """Behind every token of `rows`, int64 (batch, seq); nothing follows the last one."""
-        if self.projection is not None:
-            return self.projection.opinion(rows, settings.top_k, settings.temperature)
-        said = self.backend.top_logprobs(rows, settings.top_k, settings.temperature)
-        logprobs = torch.cat([said.logprobs, said.rest[..., None]], -1)
-        return StoredOpinion(said.ids, logprobs, F.pad(said.following, (0, 1)))
+        try:
+            with torch.autocast(rows.device.type, enabled=False):  # it has a precision of its own
+                if self.projection is not None:
+                    return self.projection.opinion(rows, settings.top_k, settings.temperature)
+                said = self.backend.top_logprobs(rows, settings.top_k, settings.temperature)
+        except BackendError as error:
+            how = "distill.context and data.seq say how much it reads at once"
+            raise BackendError(error.kind, f"teachers.{self.name}: {error} ({how})") from error
+        known = (said.ids < self.student.plain_size) | (said.ids == self.student.end_id)  # not ours, nor padding
+        lost = said.logprobs.masked_fill(known, -torch.inf).logsumexp(-1)
+        ids, logprobs = said.ids.masked_fill(~known, -1), said.logprobs.masked_fill(~known, -torch.inf)
+        missing = (0, settings.top_k - ids.shape[-1])
+        ids, logprobs = F.pad(ids, missing, value=-1), F.pad(logprobs, missing, value=-torch.inf)
+        logprobs = torch.cat([logprobs, torch.logaddexp(said.rest, lost)[..., None]], -1)
+        return StoredOpinion(ids, logprobs, F.pad(said.following, (0, 1)))
 
 
 class Teaching:
@@ -81,6 +93,8 @@ class Teaching:
     def on_policy(self, model: ElaraLM, tokenizer: Tokenizer, batch: Batch, seed: int) -> tuple[Batch, Lesson]:
         """Windows whose second half the student writes; that half is learned, and from the teachers alone.
 
+        Row r draws from seed + r.
+
         On-policy distillation (GKD, arXiv 2306.13649, algorithm 1): what it will meet when it writes, and no gradient
         through the drawing.
         """
@@ -99,7 +113,7 @@ class Teaching:
             tokens[i, : len(row)] = torch.tensor(row)
             weights[i, len(prompt) : len(row)] = 1.0
         written = Batch(tokens.to(batch.tokens.device), weights.to(batch.tokens.device))
-        return written, replace(self.lesson(written), weight=1.0)
+        return written, replace(self.lesson(written), weight=1.0, written=True)
 
     def _ask(self, tokens: Tensor) -> list[StoredOpinion]:
         rows = tokens[:, :-1].clamp(min=0)
@@ -110,9 +124,10 @@ class Teaching:
         rows = len(batch.tokens)
         if self.settings.choice == "weights":
             return torch.tensor(self._weights, device=batch.tokens.device)[:, None].expand(-1, rows)
-        counts = (batch.tokens[:, 1:-1] >= 0).float()  # asked live they do not know what followed the last one
-        known = torch.stack([(each.following[:, :-1] * counts).sum(1) for each in said])  # (teachers, batch)
-        return torch.zeros_like(known).scatter(0, known.argmax(0, keepdim=True), 1.0)
+        surprise = torch.stack([-each.following[:, :-1] for each in said])  # live, none know what followed the last
+        counts = (batch.tokens[:, 1:-1] >= 0) & ~surprise.isnan().any(0)  # where all have an opinion
+        total = surprise.masked_fill(~counts, 0.0).sum(2)  # (teachers, batch)
+        return torch.zeros_like(total).scatter(0, total.argmin(0, keepdim=True), 1.0)
 
 
 def check(settings: DistillConfig) -> None:
@@ -120,8 +135,8 @@ def check(settings: DistillConfig) -> None:
     for key, choices in (("divergence", KINDS), ("choice", CHOICES), ("opinions", OPINIONS)):
         if (value := getattr(settings, key)) not in choices:
             raise ElaraError(f"distill.{key}={value} is unknown: use {', '.join(choices)}")
-    if not 0 < settings.weight <= 1:
-        raise ElaraError(f"distill.weight={settings.weight} must be above 0 and at most 1")
+    if not 0 <= settings.weight <= 1:
+        raise ElaraError(f"distill.weight={settings.weight} must be between 0 and 1")
     if not 0 < settings.temperature < math.inf:
         raise ElaraError(f"distill.temperature={settings.temperature} must be above 0")
     if not 0 <= settings.on_policy <= 1:
@@ -130,17 +145,24 @@ def check(settings: DistillConfig) -> None:
         raise ElaraError(f"distill.top_k={settings.top_k} must be at least 1, distill.context={settings.context} 8")
 
 
-def open_teachers(teachers: Mapping[str, Mapping[str, Any]], tokenizer: Tokenizer) -> list[Teacher]:
+def open_teachers(
+    teachers: Mapping[str, Mapping[str, Any]], tokenizer: Tokenizer, *, conversations: bool = False
+) -> list[Teacher]:
     """Teachers of a configuration whose log-probabilities a student with this tokenizer can learn from.
 
+    conversations: the text has roles, which are tokens of ours.
+
     Raises:
-        ElaraError: one that gives none, or does not show its tokenizer, or a weight that is not above 0.
+        ElaraError: one that gives none, does not show its tokenizer or cannot read the roles; no checkpoint where one
+            is needed; a weight that is not above 0.
     """
     found = []
     for name, settings in teachers.items():
         weight = float(settings["weight"])
         if not 0 < weight < math.inf:
             raise ElaraError(f"teachers.{name}.weight={weight} must be a number above 0")
+        if settings["backend"].get("checkpoint", name) is None:
+            raise ElaraError(f"teachers.{name}.backend.checkpoint must be given: the newest may be the student's")
         backend: Backend = instantiate(settings["backend"])
         advice = f"collect its text instead: python -m elara.collect teacher=[{name}]"
         if not backend.capabilities.logits:
@@ -150,7 +172,9 @@ def open_teachers(teachers: Mapping[str, Mapping[str, Any]], tokenizer: Tokenize
             if (theirs := backend.tokenizer()) is None:
                 raise ElaraError(f"teachers.{name} does not show its tokenizer: {advice}")
             projection = Projection(backend, theirs, tokenizer)
-        found.append(Teacher(name, weight, backend, projection))
+        if conversations and (projection is not None or not isinstance(backend, Elara)):
+            raise ElaraError(f"teachers.{name} cannot read conversations, whose roles are tokens of ours: {advice}")
+        found.append(Teacher(name, weight, backend, tokenizer, projection))
     return found
 
 

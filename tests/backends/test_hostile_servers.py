@@ -297,6 +297,7 @@ def test_whoever_stops_listening_waits_for_nothing(api: str) -> None:
         assert len(server.asked) <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_ends_a_process_that_waits_for_a_silent_server(api: str) -> None:
     with hostile(silent) as server:

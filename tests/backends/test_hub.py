@@ -97,7 +97,8 @@ def test_a_model_is_fetched_once_and_known_by_its_commit(
     want = Transformers(str(llama), device="cpu", dtype="float32").top_logprobs(IDS, 4)
     first = Transformers("bees/tiny", device="cpu", dtype="float32", revision="v1")
     assert torch.equal(first.top_logprobs(IDS, 4).logprobs, want.logprobs)
-    assert first.identity() == {"kind": "transformers", "model": "bees/tiny", "revision": COMMIT}
+    said = {"kind": "transformers", "model": "bees/tiny", "revision": COMMIT}
+    assert first.identity() == {**said, "dtype": "float32", "end_token": None}
     got = {path.rpartition("/")[2] for path in server.asked if "/resolve/" in path}
     assert "model.safetensors" in got
     assert not got & {"pytorch_model.bin", "modeling.py"}

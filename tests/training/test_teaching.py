@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from elara.backends import Backend, TopLogprobs
 from elara.backends.elara import Elara
+from elara.config import TiDARConfig
 from elara.data import DataConfig, Prepared, prepare
-from elara.data.batches import Batch, Batches
+from elara.data.batches import Batch, Batches, document_windows
 from elara.data.opinions import OpinionFile, StoredOpinion
 from elara.errors import ElaraError
 from elara.model import ElaraLM
@@ -25,7 +26,7 @@ from elara.tokenizer import TokenizerConfig
 from elara.tokenizer.byte import ByteTokenizer
 from elara.tokenizer.char import CharTokenizer
 from elara.training.config import DistillConfig
-from elara.training.losses import elara_loss
+from elara.training.losses import Lesson, Opinion, elara_loss
 from elara.training.teaching import Teacher, Teaching, open_teachers, reading_starts, stored_opinions
 
 CONTEXT = 32
@@ -42,7 +43,7 @@ def taught(session_home) -> str:
 
 @pytest.fixture
 def teacher(taught: str) -> Teacher:
-    return Teacher("elara", 1.0, Elara(taught))
+    return Teacher("elara", 1.0, Elara(taught), ByteTokenizer())
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_an_interrupted_reading_goes_on_and_ends_the_same(teacher: Teacher, prep
     files = {name: (whole.folder / name).read_bytes() for name in ("ids", "logprobs", "following")}
     shutil.rmtree(whole.folder)
     with pytest.raises(KeyboardInterrupt):
-        stored_opinions(Teacher("elara", 1.0, Failing(teacher.backend, 2)), prepared, asked)  # type: ignore[arg-type]
+        stored_opinions(Teacher("elara", 1.0, Failing(teacher.backend, 2), ByteTokenizer()), prepared, asked)  # type: ignore[arg-type]
     assert 0 < (whole.folder / "following").stat().st_size < len(files["following"])
     with (whole.folder / "ids").open("ab") as torn:
         torn.write(b"\1\2\3")  # of a line that a kill cut off
@@ -146,13 +147,56 @@ def test_opinions_reach_the_tokens_they_are_about(teacher: Teacher, prepared: Pr
     (opinion,) = Teaching([teacher], asked).lesson(batch).opinions
     rows = teacher.backend.top_logprobs(batch.tokens[:, :-1], 256)
     whole = torch.zeros(4, 24, 320).scatter(-1, rows.ids, rows.logprobs.exp())
-    found = torch.zeros(4, 24, 320).scatter(-1, opinion.ids, opinion.logprobs[..., :-1].exp())
+    found = torch.zeros(4, 24, 320).scatter_add(-1, opinion.ids.clamp(min=0), opinion.logprobs[..., :-1].exp())
+    found, whole = found[..., :256], whole[..., :256]
     if stored:  # which knows another text before the window
         closer = (found - whole).abs().sum(-1).mean()
         elsewhere = (found.roll(1, 1) - whole).abs().sum(-1).mean()
         assert closer < 0.5 * elsewhere
     else:
         torch.testing.assert_close(found, whole)
+
+
+def test_opinions_go_with_windows_of_whole_documents_to_the_last_token(teacher: Teacher, prepared: Prepared) -> None:
+    file = stored_opinions(teacher, prepared, DistillConfig(top_k=5, context=CONTEXT))
+    table = document_windows(prepared.train.ends, 24)
+    batches = Batches(prepared.train, 1, 24, seed=1, table=table, opinions=[file])
+    for i in range(len(batches)):
+        (said,) = batches[i].opinions
+        assert said.ids.shape == (1, 24, 5)
+
+
+def test_fewer_tokens_than_asked_for_leave_places_empty(teacher: Teacher, prepared: Prepared) -> None:
+    file = stored_opinions(teacher, prepared, DistillConfig(top_k=400, context=CONTEXT))
+    (said,) = Batches(prepared.train, 1, 24, seed=1, opinions=[file])[0].opinions
+    there = said.ids >= 0
+    assert (there.sum(-1) == 257).all()  # the plain vocabulary and the end; no mask, no role, no padding
+    assert torch.allclose(said.logprobs.exp().sum(-1), torch.ones(()))
+
+
+def test_where_no_teacher_has_an_opinion_the_text_is_learned_alone(teacher: Teacher, prepared: Prepared) -> None:
+    batch = Batches(prepared.train, 3, 24, seed=1)[0]
+    lesson = Teaching([teacher], DistillConfig(top_k=4, opinions="live", weight=0.7)).lesson(batch)
+    (opinion,) = lesson.opinions
+    opinion.ids[1] = -1
+    opinion.logprobs[1, :, :-1], opinion.logprobs[1, :, -1] = -torch.inf, 0.0
+    torch.manual_seed(0)
+    backend = teacher.backend
+    assert isinstance(backend, Elara)
+    student = ElaraLM(replace(backend._ready().model.config, tidar=TiDARConfig()))
+    rows = [
+        elara_loss(student, batch.tokens[i : i + 1], torch.Generator(), 256, lesson=_only(lesson, i)) for i in range(3)
+    ]
+    assert rows[1].total.item() == pytest.approx(rows[1].ar.item()) and rows[1].teachers["elara"].item() < 1e-6
+    for i in (0, 2):
+        expected = 0.3 * rows[i].ar + 0.7 * rows[i].teachers["elara"]
+        assert rows[i].total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def _only(lesson: Lesson, row: int) -> Lesson:
+    (said,) = lesson.opinions
+    some = slice(row, row + 1)
+    return replace(lesson, opinions=[Opinion(said.teacher, said.ids[some], said.logprobs[some], said.share[some])])
 
 
 def test_several_teachers_share_by_weight_or_by_who_knows_the_text(teacher: Teacher, prepared: Prepared) -> None:
@@ -168,11 +212,16 @@ def test_several_teachers_share_by_weight_or_by_who_knows_the_text(teacher: Teac
         for following in (said.following, better)
     ]
     batch = Batch(tokens, None, tuple(stored))
-    pair = [Teacher("a", 3.0, teacher.backend), Teacher("b", 1.0, teacher.backend)]
+    pair = [Teacher("a", 3.0, teacher.backend, ByteTokenizer()), Teacher("b", 1.0, teacher.backend, ByteTokenizer())]
     by_weight = Teaching(pair, DistillConfig()).lesson(batch)
     assert [opinion.share.tolist() for opinion in by_weight.opinions] == [[0.75] * 3, [0.25] * 3]
     by_text = Teaching(pair, DistillConfig(choice="lowest_perplexity")).lesson(batch)
     assert [opinion.share.tolist() for opinion in by_text.opinions] == [[1, 1, 0], [0, 0, 1]]
+    silent = stored[0]._replace(following=torch.full_like(better, torch.nan))  # knows nothing: nothing to compare
+    mixed = Batch(tokens, None, (silent, stored[1]))
+    lesson = Teaching(pair, DistillConfig(choice="lowest_perplexity")).lesson(mixed)
+    shares = torch.stack([opinion.share for opinion in lesson.opinions])
+    assert torch.equal(shares.sum(0), torch.ones(3))
     assert Teaching(pair, DistillConfig()).figures(drafts=True) == ["a", "b", "a_diffusion", "b_diffusion"]
 
 
@@ -211,7 +260,7 @@ def test_what_the_student_writes_is_judged_by_the_teacher_alone(teacher: Teacher
         ({"divergence": "kl"}, "distill.divergence=kl is unknown: use forward_kl, reverse_kl"),
         ({"choice": "best"}, "distill.choice=best"),
         ({"opinions": "kept"}, "distill.opinions=kept"),
-        ({"weight": 0.0}, "distill.weight=0.0 must be above 0"),
+        ({"weight": -0.5}, "distill.weight=-0.5 must be between 0 and 1"),
         ({"weight": 1.5}, "distill.weight=1.5"),
         ({"temperature": 0.0}, "distill.temperature=0.0"),
         ({"top_k": 0}, "distill.top_k=0"),
@@ -235,13 +284,23 @@ def test_teachers_that_do_not_fit_are_named_with_what_to_do(taught: str) -> None
             ByteTokenizer(), {"weight": 1, "backend": {"_target_": "elara.backends.ollama.Ollama"}},
             "gives no log-probabilities of a given text: collect its text instead",
         ),
+        (
+            ByteTokenizer(), {"weight": 1, "backend": {**backend, "checkpoint": None}},
+            "teachers.a.backend.checkpoint must be given",
+        ),
     ):  # fmt: skip
         with pytest.raises(ElaraError) as error:
             open_teachers({"a": settings_}, tokenizer)
         assert message in str(error.value)
+    open_teachers({"a": {"weight": 1, "backend": backend}}, ByteTokenizer(), conversations=True)
+    with pytest.raises(ElaraError, match="cannot read conversations, whose roles are tokens of ours"):
+        open_teachers({"a": {"weight": 1, "backend": backend}}, CharTokenizer("abc"), conversations=True)
 
 
-@pytest.mark.parametrize("opinions", ["stored", "live", "on_policy"])
+@pytest.mark.parametrize(
+    "opinions",
+    ["stored", pytest.param("live", marks=pytest.mark.slow), pytest.param("on_policy", marks=pytest.mark.slow)],
+)
 def test_a_run_learns_from_its_teacher_and_goes_on_where_it_was(home, taught: str, opinions: str) -> None:
     name = f"student_{opinions}"
     command = home.tiny(
@@ -269,3 +328,6 @@ def test_a_run_learns_from_its_teacher_and_goes_on_where_it_was(home, taught: st
     again = home.call(f"resume={run}")
     assert again.returncode == 0, again.stderr
     assert home.rows(run)[-1]["train/loss"] == rows[-1]["train/loss"]
+    if opinions == "stored":  # and may go on with other lessons
+        longer = home.call(f"resume={run}", "trainer.max_steps=28", "distill.diffusion=false")
+        assert longer.returncode == 0, longer.stderr

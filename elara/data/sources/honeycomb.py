@@ -28,9 +28,10 @@ MOST = 100  # copies of a sample; more is a mistake
 class Honeycomb(Chat):
     """Samples of the schema of `elara.data.samples`: `document`, `feedback`, `teacher`; others by what they hold.
 
-    What holds of the split: all that is known of one question lies in one part of it, and a question meets passages of
-    its own part's documents only. So no document that validates is read, as text or as passage, by what is trained; and
-    what validates is not helped by a text that was learned. Mixing weights change the training part alone.
+    What holds of the split: all about one question (under one system message) lies in one part of it, and a question
+    meets passages of its own part's documents only. So no document that validates is read, as text or as passage, by
+    what is trained; and what validates is not helped by a text that was learned. Mixing weights change the training
+    part alone.
     """
 
     def __init__(self, path: str, val_fraction: float, settings: HoneycombConfig, root: Path) -> None:

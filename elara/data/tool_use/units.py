@@ -35,15 +35,18 @@ TEMPLATES = Templates(
 def convert(arguments: dict[str, Any], world: World) -> int | float:
     """The tool: `value` from one unit to another of its kind, by their long names."""
     value, source, target = arguments.get("value", ""), arguments.get("from"), arguments.get("to")
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) < math.inf:
         raise ElaraError("value must be a number")
     for units in KINDS.values():
-        if source in units and target in units:
-            if source == "celsius" and target == "fahrenheit":
-                return number(value * 9 / 5 + 32)
-            if source == "fahrenheit" and target == "celsius":
-                return number((value - 32) * 5 / 9)
-            return number(value * units[source][1] / units[target][1])
+        if isinstance(source, str) and isinstance(target, str) and source in units and target in units:
+            try:
+                if source == "celsius" and target == "fahrenheit":
+                    return number(value * 9 / 5 + 32)
+                if source == "fahrenheit" and target == "celsius":
+                    return number((value - 32) * 5 / 9)
+                return number(value * units[source][1] / units[target][1])
+            except OverflowError as error:
+                raise ElaraError("value is too large") from error
     raise ElaraError(f"cannot convert {source} to {target}")
 
 

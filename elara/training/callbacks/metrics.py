@@ -48,7 +48,9 @@ class Metrics(Callback):
         if state is None:
             return
         for name, metric in _metrics(module).items():
-            total = state["sums"].get(name, metric.total)  # one that was not there yet when the run began
+            total = state["sums"].get(name, metric.total)
+            if total.shape != metric.total.shape:  # other losses than before: another teacher
+                continue
             metric.total = (total if trainer.global_rank == 0 else torch.zeros_like(total)).to(metric.total.device)
         module.load = None if state["load"] is None else state["load"].to(module.device)
         module.latest = dict(state["latest"])
