@@ -50,6 +50,20 @@ def test_every_package_is_listed() -> None:
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
+@pytest.mark.slow
+def test_all_extras_resolve_together() -> None:
+    """What pip would install for `.[all]`, torch in the version of the constraints; nothing is installed."""
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-input", "--disable-pip-version-check", "--quiet"]
+    command = [*pip, "-c", "constraints.txt", "--report", "-", ".[all]"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    planned = {item["metadata"]["name"].lower() for item in json.loads(done.stdout)["install"]}
+    assert "elara-hivemind" in planned
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    (every,) = extras["all"]
+    assert set(re.findall(r"\w+", every.partition("[")[2])) == extras.keys() - {"all", "dev"}
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh environment with the core installed from a wheel, torch in the version of the constraints."""
