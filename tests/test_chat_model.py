@@ -55,12 +55,12 @@ def test_a_killed_run_with_a_replay_goes_on_bit_for_bit(home):
     options = [given for given in SMALL if given != "data=text"]
     options += ["data=tool_use", "data.samples=300", "data.val_fraction=0.1", "data.replay.share=0.5",
                 "data.replay.source=text", f"data.replay.path={home.text}"]  # fmt: skip
-    assert home.run("name=whole", *options).returncode == 0
-    killed = home.kill_at(13, "killed", *options)
-    done = home.run("resume=auto", "name=killed")
+    assert home.run("name=replayed", *options).returncode == 0
+    killed = home.kill_at(13, "replay-killed", *options)
+    done = home.run("resume=auto", "name=replay-killed")
     assert done.returncode == 0, done.stderr
     assert "going on at step 8 in" in done.stdout
-    whole = home.only_run("whole")
+    whole = home.only_run("replayed")
     assert home.rows(killed) == home.rows(whole)
     mine, theirs = (load_file(run / "checkpoints" / "step-24" / "model.safetensors") for run in (killed, whole))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
