@@ -162,9 +162,11 @@ def _in_chain(error: BaseException | None, kind: type[BaseException]) -> Any:
 def _missing_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     group = group.strip("/")
-    if not error.options or not group:
+    # of a group that takes a list Hydra names no options
+    options = error.options or [file.stem for file in (_conf() / group).glob("*.yaml")]
+    if not options or not group:
         return str(error).splitlines()[0]
-    choices = sorted(o for o in error.options if not o.endswith("/"))
+    choices = sorted(o for o in options if not o.endswith("/"))
     if group == "hydra/launcher" and option in PLUGINS:
         return f"launcher={option} needs a plugin of Hydra's: pip install 'elara-hivemind[sweep]'"
     return f"there is no {group}={option}{nearest(option, choices)}; choices: {', '.join(choices)}"
@@ -194,10 +196,13 @@ def _no_match(text: str) -> str:
     return first
 
 
-def _top_level() -> list[str]:
+def _conf() -> Path:
     conf = runs.CHECKOUT / "conf"
-    folder = conf if conf.is_dir() else Path(__file__).parent / "conf"
-    return [p.name for p in folder.glob("*/")]
+    return conf if conf.is_dir() else Path(__file__).parent / "conf"
+
+
+def _top_level() -> list[str]:
+    return [p.name for p in _conf().glob("*/")]
 
 
 def _failed_target(error: InstantiationException) -> str:

@@ -105,6 +105,12 @@ def test_large_model_composes_from_the_command_line() -> None:
     assert yaml.safe_load(done.stdout)["model"]["n_embd"] == 1280
 
 
+def test_a_name_in_a_list_of_teachers_is_named_with_its_choices() -> None:
+    done = run("elara.train", "teacher=[smollm2,olama]")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: there is no teacher=olama (did you mean 'ollama'?); choices: airllm, elara, ")
+
+
 @pytest.mark.parametrize("module", ["elara.train", "elara.verify"])
 @pytest.mark.parametrize(
     ("override", "expected"),
