@@ -11,7 +11,6 @@ from elara.backends.base import BackendError, Messages, Params, TokenChoice
 from elara.backends.retry import Attempt, Failure, Limits
 from elara.backends.server import Server, broken_off, credentials, not_understood, parsed, shown
 from elara.backends.writing import Piece
-from elara.errors import ElaraError
 
 if TYPE_CHECKING:
     import ollama
@@ -46,7 +45,6 @@ class Ollama(Server):
         super().__init__(limits, concurrency)
         self.model, self.pull = model, pull
         self.keep_alive, self.num_ctx, self.think = keep_alive, num_ctx, think
-        self._client: ollama.Client | None = None
         self._entry: Mapping[str, Any] | None = None  # of the model, in the server's list
 
     def identity(self) -> dict[str, Any]:
@@ -59,12 +57,6 @@ class Ollama(Server):
             "num_ctx": self.num_ctx, "think": self.think,
         }  # fmt: skip
 
-    def close(self) -> None:
-        with self._opening:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
-
     def _whom(self) -> str:
         return f"Ollama at {shown(self._parts)} ({self.model})"
 
@@ -74,18 +66,12 @@ class Ollama(Server):
     def _about_models(self) -> str:
         return "`ollama list` shows the models that it has"
 
-    def _open(self) -> ollama.Client:
-        with self._opening:
-            if self._client is None:
-                try:
-                    from ollama import Client
-                except ImportError as error:
-                    advice = "pip install 'elara-hivemind[teachers]'"
-                    raise ElaraError(f"the backend ollama needs the package ollama: {advice}") from error
-                auth = credentials(self._parts)
-                self._keep_secret(os.environ.get("OLLAMA_API_KEY"), auth[1] if auth else None, self._parts.password)
-                self._client = Client(shown(self._parts), auth=auth, event_hooks=self._watch.hooks)
-            return self._client
+    def _connect(self) -> ollama.Client:
+        from ollama import Client
+
+        auth = credentials(self._parts)
+        self._keep_secret(os.environ.get("OLLAMA_API_KEY"), auth[1] if auth else None, self._parts.password)
+        return Client(shown(self._parts), auth=auth, event_hooks=self._watch.hooks)
 
     def _prepare(self) -> None:
         with self._lock:
@@ -154,7 +140,7 @@ class Ollama(Server):
             for part in parts:
                 yield _piece(part)
         finally:
-            parts.close()  # type: ignore[attr-defined]
+            parts.close()
 
     def _vectors(self, texts: Sequence[str]) -> list[list[float]]:
         answer = self._open().embed(self.model, list(texts), keep_alive=self.keep_alive)

@@ -10,7 +10,6 @@ from elara.backends.base import BackendError, Messages, Params, TokenChoice
 from elara.backends.retry import Attempt, Failure, Limits
 from elara.backends.server import Server, broken_off, credentials, not_understood, parsed, shown
 from elara.backends.writing import Piece
-from elara.errors import ElaraError
 
 if TYPE_CHECKING:
     import openai
@@ -45,7 +44,6 @@ class OpenAICompatible(Server):
         self.model, self.api_key_env = model, api_key_env
         self.extra = dict(extra or {})
         self._without: set[str] = set()  # optional fields that the server refused
-        self._client: openai.OpenAI | None = None
 
     def identity(self) -> dict[str, Any]:
         self._prepare()
@@ -61,12 +59,6 @@ class OpenAICompatible(Server):
             entry = {}  # not every gateway lists its models
         return found | {"server": {key: entry[key] for key in DESCRIBED if entry.get(key) is not None}}
 
-    def close(self) -> None:
-        with self._opening:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
-
     def _whom(self) -> str:
         return f"{self.model or 'the model'} at {shown(self._parts)}"
 
@@ -76,24 +68,16 @@ class OpenAICompatible(Server):
     def _about_models(self) -> str:
         return "see which models it has (GET /models), and whether base_url ends as it should, mostly in /v1"
 
-    def _open(self) -> openai.OpenAI:
-        with self._opening:
-            if self._client is None:
-                try:
-                    from openai import DefaultHttpxClient, OpenAI
-                except ImportError as error:
-                    advice = "pip install 'elara-hivemind[teachers]'"
-                    raise ElaraError(f"the backend openai_compatible needs the package openai: {advice}") from error
-                key = os.environ.get(self.api_key_env, "").strip() or NO_KEY
-                if not (key.isascii() and key.isprintable()) or " " in key:
-                    raise BackendError(
-                        "refused", f"the key in {self.api_key_env} has signs that no key has: set it anew"
-                    )
-                auth = credentials(self._parts)
-                self._keep_secret(key if key != NO_KEY else None, auth[1] if auth else None, self._parts.password)
-                client = DefaultHttpxClient(auth=auth, event_hooks=self._watch.hooks)
-                self._client = OpenAI(api_key=key, base_url=shown(self._parts), max_retries=0, http_client=client)
-            return self._client
+    def _connect(self) -> openai.OpenAI:
+        from openai import DefaultHttpxClient, OpenAI
+
+        key = os.environ.get(self.api_key_env, "").strip() or NO_KEY
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise BackendError("refused", f"the key in {self.api_key_env} has signs that no key has: set it anew")
+        auth = credentials(self._parts)
+        self._keep_secret(key if key != NO_KEY else None, auth[1] if auth else None, self._parts.password)
+        client = DefaultHttpxClient(auth=auth, event_hooks=self._watch.hooks)
+        return OpenAI(api_key=key, base_url=shown(self._parts), max_retries=0, http_client=client)
 
     def _prepare(self) -> None:
         self._open()
@@ -131,7 +115,7 @@ class OpenAICompatible(Server):
         while True:
             fields = self._fields(params, without)
             try:
-                stream = self._open().chat.completions.create(
+                stream: openai.Stream[Any] = self._open().chat.completions.create(
                     model=self.model or "", messages=asked, stream=True, extra_body=fields
                 )
             except (BadRequestError, UnprocessableEntityError) as error:

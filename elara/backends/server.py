@@ -20,6 +20,7 @@ from elara.backends.retry import Attempt, Caller, Failure, Limits, concurrently
 from elara.backends.stopping import StopText
 from elara.backends.watch import Watch
 from elara.backends.writing import Piece, Writing
+from elara.errors import ElaraError
 
 EMBEDDED_AT_ONCE = 64  # texts per request
 LOGPROBS = (20, 5)  # alternatives to ask for: what OpenAI and Ollama allow, and what older servers do
@@ -42,6 +43,7 @@ class Server(ABC):
         self.limits, self.concurrency = limits, concurrency
         self._lock = threading.RLock()  # of what is found out once; may be held for long
         self._opening = threading.Lock()  # of the client
+        self._client: Any = None
         self._watch = Watch()
         self._call = Caller(self._whom, limits, self._failure)
         self._given_alternatives: int | None = None
@@ -68,9 +70,28 @@ class Server(ABC):
     def identity(self) -> dict[str, Any]:
         """JSON values that fix what it answers."""
 
-    @abstractmethod
     def close(self) -> None:
         """Let go of the connections."""
+        with self._opening:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+
+    def _open(self) -> Any:
+        """The official client, made when it is first needed."""
+        with self._opening:
+            if self._client is None:
+                try:
+                    self._client = self._connect()
+                except ImportError as error:
+                    what = type(self).__module__.rpartition(".")[2]
+                    advice = "pip install 'elara-hivemind[teachers]'"
+                    raise ElaraError(f"the backend {what} needs the package {error.name}: {advice}") from error
+            return self._client
+
+    @abstractmethod
+    def _connect(self) -> Any:
+        """A new client, with its own retries off and our bounds in it."""
 
     @abstractmethod
     def _whom(self) -> str:

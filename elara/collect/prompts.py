@@ -12,6 +12,7 @@ from pathlib import Path
 from elara.collect.config import PromptsConfig
 from elara.data import DataConfig
 from elara.data.hashes import digest
+from elara.data.passages import cut
 from elara.data.samples import SUFFIXES, Message, Sample, prompt_id, read_samples
 from elara.data.sources import Source, open_source
 from elara.data.sources.samples import SampleSource
@@ -90,23 +91,9 @@ def question(sample: Sample) -> tuple[Message, ...] | None:
 
 
 def passages(source: Source, length: int) -> Iterator[str]:
-    """The training documents of a corpus in pieces of at most `length` characters that end with a word where one ends
-    in their last quarter. The rest of a document is left out when it is shorter than a quarter."""
-    for document in source.documents("train"):
-        kept = ""
-        for piece in document:
-            kept += piece
-            start = 0
-            while len(kept) - start > length:
-                end = start + length
-                ends = [match.start() for match in re.finditer(r"\s", kept[end - length // 4 : end + 1])]
-                stop = end - length // 4 + ends[-1] if ends else end
-                if passage := kept[start:stop].strip():
-                    yield passage
-                start = stop
-            kept = kept[start:]
-        if len(passage := kept.strip()) >= length // 4:
-            yield passage
+    """The training documents of a corpus, cut; the rest of one is left out when it is shorter than a quarter."""
+    every = (passage for document in source.documents("train") for passage in cut(document, length))
+    return (passage for passage in every if len(passage) >= length // 4)
 
 
 def _from_path(wanted: PromptsConfig) -> Iterator[Prompt | None]:

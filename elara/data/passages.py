@@ -13,17 +13,24 @@ from elara.errors import ElaraError
 WORDS = 32  # of a question that are searched for, the rarest; a long one needs no more to find its passages
 
 
-def cut(text: str, length: int) -> Iterator[str]:
-    """The passages of a text: at most `length` characters, up to the last space where one is in the last quarter."""
-    start = 0
-    while start < len(text):
-        end = start + length
-        if end < len(text):
-            spaces = [match.start() for match in re.finditer(r"\s", text[end - length // 4 : end + 1])]
+def cut(pieces: Iterable[str], length: int) -> Iterator[str]:
+    """The passages of a text: at most `length` characters, up to the last space where one is in the last quarter.
+
+    pieces: of the text, read only as far as passages are asked for.
+    """
+    kept = ""
+    for piece in pieces:
+        kept += piece
+        start = 0
+        while (end := start + length) < len(kept):
+            spaces = [match.start() for match in re.finditer(r"\s", kept[end - length // 4 : end + 1])]
             end = end - length // 4 + spaces[-1] if spaces else end
-        if passage := text[start:end].strip():
-            yield passage
-        start = end
+            if passage := kept[start:end].strip():
+                yield passage
+            start = end
+        kept = kept[start:]
+    if passage := kept.strip():
+        yield passage
 
 
 def question_with(passages: Sequence[str], question: str) -> str:

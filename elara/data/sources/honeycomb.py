@@ -117,7 +117,7 @@ class Honeycomb(Chat):
         found: dict[Split, list[str]] = {split: [] for split in SPLITS}
         for sample in super().samples():
             if sample.text is not None:
-                found[self.split_of(sample)] += cut(sample.text, self._settings.rag.passage)
+                found[self.split_of(sample)] += cut([sample.text], self._settings.rag.passage)
         if not any(found.values()):
             raise ElaraError(
                 f"{self.name} holds no document to search: data.honeycomb.rag.k={self._settings.rag.k} needs samples "
