@@ -126,6 +126,13 @@ class Backend(Protocol):
         """(index, answer) of every conversation, in the order in which they are done; an error ends its own only."""
         ...
 
+    def frame(self, roles: Sequence[str]) -> list[list[int]]:
+        """Ids of its own around the messages of a conversation with these roles: before each, and behind the last.
+
+        Raises BackendError: `unfit` for an order of roles that its chat template refuses, `refused` without a template.
+        """
+        ...
+
     def top_logprobs(self, ids: Tensor, k: int, temperature: float = 1.0) -> TopLogprobs:
         """ids: int64 (batch, seq) of its own tokenizer, full rows without padding."""
         ...

@@ -85,13 +85,7 @@ class Causal:
         """
         text = last_text(messages)
         if self.tokenizer.chat_template:
-            try:
-                ids = self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
-                )
-            except Exception as error:  # the template is a program of the model's authors, and raises what it likes
-                reason = " ".join(str(error).split())[:120]
-                raise BackendError("unfit", f"the model's chat template refuses the conversation: {reason}") from error
+            ids = templated(self.tokenizer, messages, add_generation_prompt=True, return_dict=False)
         else:
             ids = self.tokenizer(text)["input_ids"]
         ids = list(ids) or self._blank
@@ -221,6 +215,30 @@ class Causal:
     def width(self) -> int:
         """Of hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
+
+
+def frame(tokenizer: Any, roles: Sequence[str]) -> list[list[int]]:
+    """See Backend: what the chat template of transformers' `tokenizer` writes around messages that are marks."""
+    if not tokenizer.chat_template:
+        raise BackendError("refused", "the model has no chat template")
+    marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    text, around = templated(tokenizer, messages, tokenize=False), list[str]()
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found or "\ue000" in before:
+            raise BackendError("unfit", f"the model's chat template does not write {', '.join(roles)} one by one")
+        around.append(before)
+    return [list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (*around, text)]
+
+
+def templated(tokenizer: Any, messages: Messages, **options: Any) -> Any:
+    """The conversation by transformers' chat template. Raises BackendError of kind `unfit` where that refuses it."""
+    try:
+        return tokenizer.apply_chat_template([dict(message) for message in messages], **options)
+    except Exception as error:  # the template is a program of the model's authors, and raises what it likes
+        reason = " ".join(str(error).split())[:120]
+        raise BackendError("unfit", f"the model's chat template refuses the conversation: {reason}") from error
 
 
 def _left_padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,14 @@ class Elara:
             finally:
                 dropped.set()
 
+    def frame(self, roles: Sequence[str]) -> list[list[int]]:
+        folder = self._place()
+        if not checkpoints.read_meta(folder).get("chat"):
+            raise BackendError("refused", f"{folder} has not learned to chat")
+        tokenizer = self.tokenizer()
+        before = [[tokenizer.end_id] * (i > 0) + [tokenizer.role_ids[role]] for i, role in enumerate(roles)]
+        return [*before, [tokenizer.end_id]]
+
     def top_logprobs(self, ids: Tensor, k: int, temperature: float = 1.0) -> TopLogprobs:
         model = self._ready().model
         check_ids(ids, model.config.vocab_size, model.config.model.context_length)

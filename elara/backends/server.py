@@ -153,6 +153,9 @@ class Server(ABC):
 
         yield from concurrently(answer, conversations, self.concurrency)
 
+    def frame(self, roles: Sequence[str]) -> list[list[int]]:
+        raise unsupported(self, "chat template")
+
     def top_logprobs(self, ids: Tensor, k: int, temperature: float = 1.0) -> TopLogprobs:
         raise unsupported(self, "distribution over the tokens of a given text")
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elara.backends.base import Answer, BackendError, Capabilities, Messages, Params, TopLogprobs
-from elara.backends.causal import Causal
+from elara.backends.causal import Causal, frame
 from elara.backends.conversion import TOKENIZER_FILE, converted
 from elara.backends.local import READ_AT_ONCE, TOKEN_LOGPROBS, free, memory_explained, no_memory, out_of_memory
 from elara.backends.places import brief, find_folder, library, revision_of
@@ -65,6 +65,7 @@ class Transformers:
         self._at_once = batch_size  # less once memory did not suffice
         self._place: tuple[Path, str | None] | None = None
         self._ours: HuggingFaceTokenizer | None = None
+        self._template: Any = None  # transformers' tokenizer, which knows it
         self._causal: Causal | None = None
         self._lock = threading.RLock()
 
@@ -126,6 +127,12 @@ class Transformers:
                     yield batch[0], no_memory()
                 self._at_once = max(1, len(batch) // 2)
             waiting = [i for i in waiting if i not in done]
+
+    def frame(self, roles: Sequence[str]) -> list[list[int]]:
+        with self._lock:
+            if self._template is None:
+                self._template = self._their_tokenizer(self._folder())
+            return frame(self._template, roles)
 
     def top_logprobs(self, ids: Tensor, k: int, temperature: float = 1.0) -> TopLogprobs:
         with memory_explained():

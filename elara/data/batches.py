@@ -109,7 +109,9 @@ class Mixture(Dataset[Batch]):
         weights = None
         if any(batch.weights is not None for batch in every):
             weights = torch.cat([(b.tokens != PADDING).float() if b.weights is None else b.weights for b in every])
-        return Batch(torch.cat([batch.tokens for batch in every]), weights)
+        said = zip(*(batch.opinions for batch in every), strict=True)  # of each teacher, in all parts
+        opinions = tuple(StoredOpinion(*map(torch.cat, zip(*parts, strict=True))) for parts in said)
+        return Batch(torch.cat([batch.tokens for batch in every]), weights, opinions)
 
 
 class Order(Sampler[int]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ class ElaraData(LightningDataModule):
 
     Attributes:
         position: batches of this rank that are behind; the train loader goes on there. Set it before `fit` to resume.
-        opinions: what teachers said of the training split; part of its batches. Set it before `fit`.
+        opinions: what teachers said of the training splits of `corpora`; part of their batches. Set it before `fit`.
     """
 
     def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, root: Path, *, seed: int, seq: int) -> None:
@@ -39,15 +40,20 @@ class ElaraData(LightningDataModule):
         self.data, self.tokenizer_config, self.root, self.seed = data, tokenizer, Path(root), seed
         self.seq = data.seq or seq
         self.position = 0
-        self.opinions: Sequence[OpinionFile] = ()
-        self._prepared: Prepared | None = None
+        self.opinions: Sequence[Sequence[OpinionFile]] = ()
 
-    @property
+    @cached_property
     def prepared(self) -> Prepared:
         """The token files; opened, or built, on first use."""
-        if self._prepared is None:
-            self._prepared = prepare(self.data, self.tokenizer_config, self.root)
-        return self._prepared
+        return prepare(self.data, self.tokenizer_config, self.root)
+
+    @cached_property
+    def corpora(self) -> list[Prepared]:
+        """The data and, where a share of the batches comes from it, data.replay."""
+        if not self.data.replay.share:
+            return [self.prepared]
+        same = TokenizerConfig("saved", path=str(self.prepared.folder / "tokenizer"))
+        return [self.prepared, prepare(self.data.replay, same, self.root)]
 
     @property
     def chat(self) -> bool:
@@ -68,25 +74,24 @@ class ElaraData(LightningDataModule):
         if self.data.pack and not self.data.cross_documents and self._rank()[0] == 0:
             self._note_split(train)
         if not replay.share:
-            return self._batches(train, self.data, self.data.batch_size)
+            return self._batches(0, self.data, self.data.batch_size)
         rows = round(replay.share * self.data.batch_size)
         if not 0 < rows < self.data.batch_size:
             raise ElaraError(
                 f"data.replay.share={replay.share} of data.batch_size={self.data.batch_size} is {rows} rows: "
                 "each corpus needs at least one; change either"
             )
-        same = TokenizerConfig("saved", path=str(self.prepared.folder / "tokenizer"))
-        old = prepare(replay, same, self.root).train
-        main = self._batches(train, self.data, self.data.batch_size - rows)
-        return Mixture([main, self._batches(old, replay, rows)])
+        main = self._batches(0, self.data, self.data.batch_size - rows)
+        return Mixture([main, self._batches(1, replay, rows)])
 
-    def _batches(self, tokens: TokenFile, cut: DataConfig | ReplayConfig, rows: int) -> Batches:
-        """This rank's windows of one corpus, so many in every batch."""
+    def _batches(self, corpus: int, cut: DataConfig | ReplayConfig, rows: int) -> Batches:
+        """This rank's windows of one of the corpora, so many in every batch."""
+        tokens = self.corpora[corpus].train
         rank, world = self._rank()
         table = None
         if not cut.cross_documents:
             table = (packed_windows if cut.pack else document_windows)(tokens.ends, self.seq)
-        opinions = self.opinions if tokens is self.prepared.train else ()
+        opinions = self.opinions[corpus] if self.opinions else ()
         return Batches(tokens, rows, self.seq, self.seed, rank=rank, world=world, table=table, opinions=opinions)
 
     def train_dataloader(self) -> DataLoader[Batch]:

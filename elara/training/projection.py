@@ -5,10 +5,15 @@ teacher's likeliest tokens is spelled in the student's, and gives its probabilit
 student is some tokens further, inside a token of the teacher, those of the teacher's tokens count whose spelling begins
 with them, in proportion. So a byte or character learns from the sum over all tokens that begin with it (as in Phan et
 al., arXiv 2410.09303), and a word from all its spellings. Elsewhere the teacher has no opinion.
+
+A conversation it reads in its own chat template: the messages' words stand where they stood, and what the template
+writes between them takes the place of the student's roles. What ends a message there is the student's end.
 """
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +22,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from elara.backends import Backend
+from elara.backends import Backend, BackendError
 from elara.data.opinions import StoredOpinion
 from elara.errors import ElaraError
 from elara.tokenizer import Tokenizer
 
 MORE = 4  # teacher's tokens that are asked for per student's token that is kept: several begin alike
+BETWEEN = 0.5  # where a teacher's token ends that ends at no token of the student's: so far from the next place
 LEAST = 1e-3  # of the teacher's probability that must lie on tokens that begin as the text does
 
 NOTHING = float("-inf")
+NOWHERE = float("inf")  # behind all of the student's tokens
 
 
 @dataclass
@@ -40,26 +47,34 @@ class Reading:
 
 
 class Projection:
-    """Opinions of `backend` for a student with `student`'s tokenizer."""
+    """Opinions of `backend` for a student with `student`'s tokenizer, or with the same one but roles of its own.
+
+    Attributes:
+        same: both have the same tokenizer, and only conversations are read otherwise.
+    """
 
     def __init__(self, backend: Backend, teacher: Tokenizer, student: Tokenizer) -> None:
         self.backend, self.teacher, self.student = backend, teacher, student
+        self.same = teacher.fingerprint == student.fingerprint
         self._spellings: dict[int, tuple[int, ...]] = {teacher.end_id: (student.end_id,)}
+        self._roles = {token: role for role, token in student.role_ids.items()}
+        self._frames: dict[tuple[str, ...], list[list[int]] | None] = {}
         self._anchor = teacher.encode("a")
         self._known = len(teacher.decode(self._anchor))
 
     def opinion(self, rows: torch.Tensor, k: int, temperature: float) -> StoredOpinion:
-        """rows: int64 (batch, seq) of the student's ids. k: tokens kept behind each; -1 where there are fewer."""
-        readings = [self._read(row) for row in rows.tolist()]
+        """rows: int64 (batch, seq) of the student's ids, -1 behind an end. k: tokens kept behind each; -1 = fewer."""
+        words = [[token for token in row if token >= 0] for row in rows.tolist()]
+        readings = [self._read(row) for row in words]
         longest = max(len(reading.ids) for reading in readings)
         padded = [reading.ids + [self.teacher.end_id] * (longest - len(reading.ids)) for reading in readings]
-        said = self.backend.top_logprobs(torch.tensor(padded), MORE * k, temperature)
+        said = self.backend.top_logprobs(torch.tensor(padded), k if self.same else MORE * k, temperature)
         ids = np.full((*rows.shape, k), -1, np.int64)
         logprobs = np.full((*rows.shape, k + 1), NOTHING, np.float32)
         logprobs[..., k] = 0.0  # no opinion: all that there is lies in the rest
         following = np.full(rows.shape, np.nan, np.float32)
         tops, masses = said.ids.cpu().numpy(), said.logprobs.exp().cpu().numpy()
-        for i, (row, reading) in enumerate(zip(rows.tolist(), readings, strict=True)):
+        for i, (row, reading) in enumerate(zip(words, readings, strict=True)):
             self._project(row, reading, tops[i], masses[i], ids[i], logprobs[i], following[i])
         return StoredOpinion(*(torch.from_numpy(value).to(rows.device) for value in (ids, logprobs, following)))
 
@@ -106,6 +121,8 @@ class Projection:
 
     def _spell(self, token: int) -> tuple[int, ...]:
         """A teacher's token in the student's tokens; () for what has no text of its own, or characters it lacks."""
+        if self.same and token < self.teacher.plain_size:
+            return self._spellings.get(token, (token,))
         if token not in self._spellings:
             text = self.teacher.decode([*self._anchor, token])[self._known :]
             try:
@@ -116,8 +133,11 @@ class Projection:
         return self._spellings[token]
 
     def _read(self, row: Sequence[int]) -> Reading:
-        """The row's text in the teacher's tokens."""
-        reading, place, text = Reading([], []), 0, list[int]()
+        """The row's text in the teacher's tokens; nothing of conversations that it cannot read."""
+        frames = self._around(row)
+        if frames is None:
+            return Reading([self.teacher.end_id], [NOWHERE])
+        talk, reading, place, text = bool(frames), Reading([], []), 0, list[int]()
 
         def flush() -> None:
             nonlocal place
@@ -128,26 +148,72 @@ class Projection:
             for token, piece in zip(ids, pieces, strict=True):
                 end += len(piece)
                 reading.ids.append(token)
-                reading.ends.append(end if piece and faithful else end + 0.5)
+                reading.ends.append(end if piece and faithful else end + BETWEEN)
             place += len(words)
             text.clear()
 
+        def mark(ids: Sequence[int]) -> None:
+            reading.ids.extend(ids)
+            reading.ends.extend([place - BETWEEN] * (len(ids) - 1) + [place] * bool(ids))
+
+        if talk and row[0] not in self._roles:
+            mark(frames.pop(0))
         for token in row:
-            if token != self.student.end_id:
+            if token not in self._roles and token != self.student.end_id:
                 text.append(token)
                 continue
             flush()
             place += 1
-            reading.ids.append(self.teacher.end_id)
-            reading.ends.append(place)
+            if token in self._roles:
+                mark(frames.pop(0))
+            elif not talk:
+                mark([self.teacher.end_id])
         flush()
         return reading
 
+    def _around(self, row: Sequence[int]) -> list[list[int]] | None:
+        """What the teacher reads in place of each role, and first of one that a row begins behind; [] for plain text.
+
+        None: its template refuses such a conversation. A system message begins a conversation of its own.
+        """
+        roles = [self._roles[token] for token in row if token in self._roles]
+        if not roles:
+            return []
+        if row[0] not in self._roles:  # inside of a message: whoever speaks before the next one
+            roles.insert(0, "user" if roles[0] == "assistant" else "assistant")
+        begins = [i for i, role in enumerate(roles) if i == 0 or role == "system"]
+        found: list[list[int]] = [[]]
+        for begin, end in itertools.pairwise([*begins, len(roles)]):
+            if (frame := self._frame(tuple(roles[begin:end]))) is None:
+                return None
+            found = [*found[:-1], found[-1] + frame[0], *frame[1:]]
+        return found[:-1]
+
+    def _frame(self, roles: tuple[str, ...]) -> list[list[int]] | None:
+        if roles not in self._frames:
+            try:
+                frame = self.backend.frame(roles)
+                ends = [ids[0] for role, ids in zip(roles, frame[1:], strict=True) if role == "assistant" and ids]
+                self._spellings |= {token: (self.student.end_id,) for token in ends if self._silent(token)}
+                self._frames[roles] = frame
+            except BackendError as error:
+                if error.kind != "unfit":
+                    raise
+                if None not in self._frames.values():
+                    print(f"note: some conversations stay without a teacher: {error}", file=sys.stderr, flush=True)
+                self._frames[roles] = None
+        return self._frames[roles]
+
+    def _silent(self, token: int) -> bool:
+        """Whether one of the teacher's tokens is no text, but a mark of its template."""
+        return token not in self.teacher.encode(self.teacher.decode([token]))
+
     def _ends(self, row: Sequence[int]) -> list[int | None]:
-        """Where each of the student's tokens ends, in characters; None inside of one."""
+        """Where each of the student's tokens ends, in characters; None inside of one. An end of document and a role
+        count as one."""
         ends, place, stream = list[int | None](), 0, self.student.stream_decoder()
         for token in row:
-            if token == self.student.end_id:
+            if token == self.student.end_id or token in self._roles:
                 place += len(stream.flush()) + 1
                 stream = self.student.stream_decoder()
                 ends.append(place)

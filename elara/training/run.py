@@ -37,8 +37,9 @@ from elara.training.config import DistillConfig
 from elara.training.distributed import environment
 from elara.training.module import ElaraModule
 from elara.training.precision import resolve
+from elara.training.reading import stored_opinions
 from elara.training.sharding import FSDP
-from elara.training.teaching import Teaching, open_teachers, stored_opinions
+from elara.training.teaching import Teaching, open_teachers
 
 GROUPS = ("model", "moe", "trm", "tidar")
 
@@ -150,18 +151,19 @@ def learn_from(config: DictConfig, data: ElaraData, trainer: lightning.Trainer) 
         return None
     settings = OmegaConf.to_object(config.distill)
     assert isinstance(settings, DistillConfig)
-    conversations = data.data.source in CONVERSATIONS
+    sources = [data.data.source] + [data.data.replay.source] * bool(data.data.replay.share)
+    conversations = any(source in CONVERSATIONS for source in sources)
     teachers = open_teachers(config.teachers, data.prepared.tokenizer, conversations=conversations)
     teaching = Teaching(teachers, settings)
     for teacher in teaching.teachers:
-        if teacher.projection is not None and global_rank() == 0:
-            say(f"{teacher.name} has another tokenizer: what it says is put into the student's tokens")
+        if global_rank() == 0 and (note := teacher.note(conversations)):
+            say(note)
     if settings.on_policy and isinstance(trainer.strategy, FSDP):
         raise ElaraError("distill.on_policy needs a whole model on every rank: take another trainer than fsdp")
     if settings.opinions == "stored" and settings.on_policy < 1:
-        if data.data.replay.share:
-            raise ElaraError("what teachers said is stored for data, not for data.replay: take distill.opinions=live")
-        data.opinions = [stored_opinions(teacher, data.prepared, settings) for teacher in teaching.teachers]
+        data.opinions = [
+            [stored_opinions(teacher, corpus, settings) for teacher in teaching.teachers] for corpus in data.corpora
+        ]
         for teacher in teaching.teachers:
             teacher.backend.close()  # its memory is the student's; when it is asked again, it loads again
     return teaching

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +14,8 @@ from torch import Tensor
 
 from elara.backends import Backend, BackendError
 from elara.backends.elara import Elara
-from elara.data import Prepared
 from elara.data.batches import PADDING, Batch
-from elara.data.opinions import MANIFEST, OpinionFile, OpinionWriter, StoredOpinion
-from elara.data.preparation import locked
-from elara.data.progress import Progress
+from elara.data.opinions import StoredOpinion
 from elara.decoding import SamplingConfig, generate, writable
 from elara.errors import ElaraError
 from elara.model import ElaraLM
@@ -33,12 +27,11 @@ from elara.training.projection import Projection
 
 CHOICES = ("weights", "lowest_perplexity")
 OPINIONS = ("stored", "live")
-ROWS = 8  # windows that a teacher reads at once before a run
 
 
 @dataclass
 class Teacher:
-    """A teacher of a run. weight: its share among all of them; projection: for a student with another tokenizer."""
+    """A teacher of a run. weight: its share of all; projection: of what it reads otherwise than the student."""
 
     name: str
     weight: float
@@ -47,22 +40,41 @@ class Teacher:
     projection: Projection | None = None
 
     def opinion(self, rows: Tensor, settings: DistillConfig) -> StoredOpinion:
-        """Behind every token of `rows`, int64 (batch, seq); nothing follows the last one."""
+        """Behind every token of `rows`, int64 (batch, seq), PADDING behind an end; nothing follows the last one."""
+        other = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)  # rows that it reads in tokens of its own
+        if self.projection is not None:
+            roles = torch.tensor(list(self.student.role_ids.values()), device=rows.device)
+            other = torch.isin(rows, roles).any(1) if self.projection.same else ~other
+        parts, places = list[StoredOpinion](), torch.arange(len(rows), device=rows.device)
         try:
             with torch.autocast(rows.device.type, enabled=False):  # it has a precision of its own
-                if self.projection is not None:
-                    return self.projection.opinion(rows, settings.top_k, settings.temperature)
-                said = self.backend.top_logprobs(rows, settings.top_k, settings.temperature)
+                if self.projection is not None and other.any():
+                    parts.append(self.projection.opinion(rows[other], settings.top_k, settings.temperature))
+                if not other.all():
+                    parts.append(self._direct(rows[~other].clamp(min=0), settings))
         except BackendError as error:
             how = "distill.context and data.seq say how much it reads at once"
             raise BackendError(error.kind, f"teachers.{self.name}: {error} ({how})") from error
+        order = torch.cat([places[other], places[~other]]).argsort()
+        return StoredOpinion(*(torch.cat(values)[order] for values in zip(*parts, strict=True)))
+
+    def note(self, conversations: bool) -> str | None:
+        """What a user should know about how it reads; None when it reads as the student does."""
+        if self.projection is None or (self.projection.same and not conversations):
+            return None
+        if self.projection.same:
+            return f"{self.name} reads conversations in its own chat template"
+        return f"{self.name} has another tokenizer: what it says is put into the student's tokens"
+
+    def _direct(self, rows: Tensor, settings: DistillConfig) -> StoredOpinion:
+        said = self.backend.top_logprobs(rows, settings.top_k, settings.temperature)
         known = (said.ids < self.student.plain_size) | (said.ids == self.student.end_id)  # not ours, nor padding
         lost = said.logprobs.masked_fill(known, -torch.inf).logsumexp(-1)
         ids, logprobs = said.ids.masked_fill(~known, -1), said.logprobs.masked_fill(~known, -torch.inf)
         missing = (0, settings.top_k - ids.shape[-1])
         ids, logprobs = F.pad(ids, missing, value=-1), F.pad(logprobs, missing, value=-torch.inf)
         logprobs = torch.cat([logprobs, torch.logaddexp(said.rest, lost)[..., None]], -1)
-        return StoredOpinion(ids, logprobs, F.pad(said.following, (0, 1)))
+        return StoredOpinion(ids, logprobs, F.pad(said.following, (0, 1), value=math.nan))
 
 
 class Teaching:
@@ -116,8 +128,7 @@ class Teaching:
         return written, replace(self.lesson(written), weight=1.0, written=True)
 
     def _ask(self, tokens: Tensor) -> list[StoredOpinion]:
-        rows = tokens[:, :-1].clamp(min=0)
-        return [teacher.opinion(rows, self.settings) for teacher in self.teachers]
+        return [teacher.opinion(tokens[:, :-1], self.settings) for teacher in self.teachers]
 
     def _shares(self, said: Sequence[StoredOpinion], batch: Batch) -> Tensor:
         """(teachers, batch), each row's adding up to 1."""
@@ -168,62 +179,14 @@ def open_teachers(
         if not backend.capabilities.logits:
             raise ElaraError(f"teachers.{name} gives no log-probabilities of a given text: {advice}")
         projection = None
-        if backend.fingerprint != tokenizer.fingerprint:
+        if backend.fingerprint != tokenizer.fingerprint or not isinstance(backend, Elara):
             if (theirs := backend.tokenizer()) is None:
                 raise ElaraError(f"teachers.{name} does not show its tokenizer: {advice}")
             projection = Projection(backend, theirs, tokenizer)
-        if conversations and (projection is not None or not isinstance(backend, Elara)):
-            raise ElaraError(f"teachers.{name} cannot read conversations, whose roles are tokens of ours: {advice}")
+            if conversations:
+                try:
+                    backend.frame(("user", "assistant"))
+                except BackendError as error:
+                    raise ElaraError(f"teachers.{name} cannot read conversations ({error}): {advice}") from error
         found.append(Teacher(name, weight, backend, tokenizer, projection))
     return found
-
-
-def stored_opinions(teacher: Teacher, prepared: Prepared, settings: DistillConfig) -> OpinionFile:
-    """A teacher's opinions on the training split, from disk or asked for now.
-
-    They lie in the prepared folder, under a name that holds a hash of all that changes them. A killed process goes on
-    where it was; a second one waits for the first.
-    """
-    asked = {"teacher": teacher.backend.identity(), "k": settings.top_k, "temperature": settings.temperature,
-             "context": settings.context, "overlap": settings.context // 4, "projected": teacher.projection is not None}
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    folder = prepared.folder / "teachers" / f"{teacher.name}-{key}"
-    if not (folder / MANIFEST).exists():
-        folder.parent.mkdir(exist_ok=True)
-        with locked(folder):
-            if not (folder / MANIFEST).exists():
-                _ask_all(teacher, prepared, settings, folder, asked)
-    return OpinionFile(folder)
-
-
-def _ask_all(
-    teacher: Teacher, prepared: Prepared, settings: DistillConfig, folder: Path, asked: Mapping[str, Any]
-) -> None:
-    """Let a teacher read the split in overlapping windows, so that it always knows some text before a token."""
-    tokens = prepared.train.tokens
-    total = len(tokens) - 1  # behind the last token nothing follows
-    writer = OpinionWriter(folder, settings.top_k, prepared.tokenizer.vocab_size)
-    try:
-        with Progress(f"{teacher.name} reads the training text", "tokens", total, writer.done) as progress:
-            length = min(settings.context - 1, total)  # and a token more is read, to know what followed
-            todo = reading_starts(total, length, writer.done)
-            for starts in (todo[i : i + ROWS] for i in range(0, len(todo), ROWS)):
-                rows = [torch.from_numpy(tokens[at : at + length + 1].astype("int64")) for at in starts]
-                said = teacher.opinion(torch.stack(rows), settings)
-                for row, start in enumerate(starts):
-                    new = slice(writer.done - start, length)
-                    progress.advance(start + length - writer.done)
-                    writer.write(*(value[row, new] for value in said))
-    finally:
-        writer.stop()
-    writer.finish(asked)
-
-
-def reading_starts(total: int, length: int, done: int = 0) -> list[int]:
-    """Where windows of `length` tokens begin that cover `total` of them and leave out those that end before `done`.
-
-    Each begins a quarter of its length before the end of the one before; the last ends with the text.
-    """
-    stride = length - length // 4
-    starts = (min(at, total - length) for at in range(0, max(total - length // 4, 1), stride))
-    return [start for start in starts if start + length > done]

@@ -27,7 +27,8 @@ from elara.tokenizer.byte import ByteTokenizer
 from elara.tokenizer.char import CharTokenizer
 from elara.training.config import DistillConfig
 from elara.training.losses import Lesson, Opinion, elara_loss
-from elara.training.teaching import Teacher, Teaching, open_teachers, reading_starts, stored_opinions
+from elara.training.reading import reading_starts, stored_opinions
+from elara.training.teaching import Teacher, Teaching, open_teachers
 
 CONTEXT = 32
 LONGER = ("trainer.max_steps=150", "trainer.val_check_interval=150", "trainer.log_every_n_steps=50")
@@ -55,8 +56,8 @@ def prepared(session_home, tmp_path: Path) -> Prepared:
 
 
 @settings(deadline=None)
-@given(st.integers(1, 500), st.integers(1, 80), st.integers(0, 500))
-def test_windows_cover_a_text_and_know_what_stands_before(total: int, length: int, done: int) -> None:
+@given(st.integers(1, 500), st.integers(1, 80))
+def test_windows_cover_a_text_and_know_what_stands_before(total: int, length: int) -> None:
     length = min(length, total)
     starts = reading_starts(total, length)
     known = 0
@@ -65,7 +66,6 @@ def test_windows_cover_a_text_and_know_what_stands_before(total: int, length: in
         assert known == 0 or known - start >= length // 4
         known = start + length
     assert known == total
-    assert reading_starts(total, length, done) == [start for start in starts if start + length > done]
 
 
 def test_what_is_stored_is_what_the_teacher_says(teacher: Teacher, prepared: Prepared) -> None:
@@ -293,7 +293,7 @@ def test_teachers_that_do_not_fit_are_named_with_what_to_do(taught: str) -> None
             open_teachers({"a": settings_}, tokenizer)
         assert message in str(error.value)
     open_teachers({"a": {"weight": 1, "backend": backend}}, ByteTokenizer(), conversations=True)
-    with pytest.raises(ElaraError, match="cannot read conversations, whose roles are tokens of ours"):
+    with pytest.raises(ElaraError, match=r"cannot read conversations \(.* has not learned to chat\)"):
         open_teachers({"a": {"weight": 1, "backend": backend}}, CharTokenizer("abc"), conversations=True)
 
 
