@@ -20,6 +20,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; before torch is imported, here and in child processes
 
 from elara import train
+from elara.backends.smollm2 import SmolLM2
 from elara.errors import ElaraError
 from elara.export.llama_cpp import Library, find_library
 
@@ -202,3 +203,15 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str
 def _one_line_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Entry points that a test calls in this process switch Hydra's own error reports off through the environment."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> SmolLM2:
+    """The real one, in float32; fetched and converted on the first run, kept under data/ for the next."""
+    pytest.importorskip("transformers")
+    backend = SmolLM2(dtype="float32", cache=str(ROOT / "data" / "teachers"))
+    try:
+        backend.tokenizer()
+    except ElaraError as error:
+        pytest.skip(f"SmolLM2 cannot be had: {error}")
+    return backend

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,13 +76,26 @@ class OpinionWriter:
         for name, width in self._rows.items():
             self._files[name].truncate(self.done * width)
 
+    def check_room(self, tokens: int) -> None:
+        """Raise ElaraError where the disk has no room for the opinions on so many tokens in all."""
+        needed, free = (tokens - self.done) * sum(self._rows.values()), shutil.disk_usage(self.folder).free
+        if needed > free:
+            lack = f"takes {needed / 1e6:,.0f} MB, and {self.folder.parent} has {free / 1e6:,.0f} MB free"
+            advice = "make room, lower distill.top_k, or take distill.opinions=live"
+            raise ElaraError(f"what a teacher says {lack}: {advice}")
+
     def write(self, ids: Tensor, logprobs: Tensor, following: Tensor) -> None:
-        """ids: (n, k); logprobs: (n, k + 1); following: (n)."""
-        self._files["ids"].write(ids.cpu().numpy().astype(self.ids).tobytes())
+        """ids: (n, k); logprobs: (n, k + 1); following: (n). Raises ElaraError when that cannot be written."""
+        rows = {"ids": ids.cpu().numpy().astype(self.ids)}
         for name, value in (("logprobs", logprobs), ("following", following)):
-            self._files[name].write(value.cpu().numpy().clip(min=LOWEST).astype("<f2").tobytes())
-        for file in self._files.values():
-            file.flush()
+            rows[name] = value.cpu().numpy().clip(min=LOWEST).astype("<f2")
+        try:
+            for name, file in self._files.items():
+                file.write(rows[name].tobytes())
+                file.flush()
+        except OSError as error:
+            reason = f"cannot write what a teacher said to {self.folder}: {error.strerror}"
+            raise ElaraError(f"{reason}; make room and run again, it goes on there") from error
         self.done += len(ids)
 
     def finish(self, about: Mapping[str, Any]) -> None:
@@ -93,7 +108,8 @@ class OpinionWriter:
     def stop(self) -> None:
         """Close the files; what they hold is gone on with another time."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # of what `write` has complained about
+                file.close()
 
 
 def _map(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -65,6 +65,7 @@ def _ask_all(
     windows = list(reading_windows(train, settings.context, prepared.tokenizer))
     writer = OpinionWriter(folder, settings.top_k, prepared.tokenizer.vocab_size)
     try:
+        writer.check_room(windows[-1].stop)
         with Progress(f"{teacher.name} reads the training text", "tokens", windows[-1].stop, writer.done) as progress:
             todo = [window for window in windows if window.stop > writer.done]
             for some in together(todo, ROWS * settings.context):

@@ -1,4 +1,4 @@
-"""Small models with random weights, as folders that transformers reads; and the real SmolLM2."""
+"""Small models with random weights, as folders that transformers reads."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from elara.backends.smollm2 import SmolLM2
-from elara.errors import ElaraError
-from tests.conftest import ROOT
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -62,18 +58,6 @@ def save_model(folder: Path, *, chat: bool = True, seed: int = 0, kind: str = "L
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers")
     return save_model(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> SmolLM2:
-    """The real one, in float32; fetched and converted on the first run, kept under data/ for the next."""
-    pytest.importorskip("transformers")
-    backend = SmolLM2(dtype="float32", cache=str(ROOT / "data" / "teachers"))
-    try:
-        backend.tokenizer()
-    except ElaraError as error:
-        pytest.skip(f"SmolLM2 cannot be had: {error}")
-    return backend
 
 
 def write_gguf(path: Path, seed: int = 0) -> Path:

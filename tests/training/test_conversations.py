@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from elara.backends import BackendError
+from elara.backends import Answer, BackendError, Params
+from elara.backends.smollm2 import SmolLM2
 from elara.backends.transformers import Transformers
 from elara.data import DataConfig, Prepared, prepare
 from elara.data.batches import PADDING
@@ -291,3 +292,18 @@ def test_a_run_learns_conversations_from_a_teacher_that_knows_no_roles_of_ours(
     assert done.returncode == 0, done.stderr
     values = [float(row["train/loss_transformers"]) for row in home.rows(home.only_run("talked")) if row["train/loss"]]
     assert np.mean(values[-4:]) < np.mean(values[:4])
+
+
+@pytest.mark.slow
+def test_smollm2_judges_a_conversation_as_it_would_answer_it(smollm2: SmolLM2) -> None:
+    """The real one, and the words of its own greedy answer: they are what it finds likeliest, to the end."""
+    tokenizer = smollm2.tokenizer()
+    question = {"role": "user", "content": "What is the capital of France?"}
+    ((_, answer),) = smollm2.answers([[question]], Params(temperature=0, max_new_tokens=40))
+    assert isinstance(answer, Answer) and "Paris" in answer.text and answer.finish == "stop"
+    ids, learned = tokenizer.apply_chat([question, {"role": "assistant", "content": answer.text}])
+    found = Projection(smollm2, tokenizer, tokenizer).opinion(torch.tensor([ids]), 8, 1.0)
+    likeliest = [top[0] for top in found.ids[0].tolist()]
+    words = [place for place, yes in enumerate(learned) if yes]
+    assert [likeliest[place - 1] for place in words] == [ids[place] for place in words]
+    assert sum(learned) > 5 and ids[-1] == tokenizer.end_id
