@@ -226,10 +226,11 @@ def frame(tokenizer: Any, roles: Sequence[str]) -> list[list[int]]:
     text, around = templated(tokenizer, messages, tokenize=False), list[str]()
     for mark in marks:
         before, found, text = text.partition(mark)
-        if not found or "\ue000" in before:
-            raise BackendError("unfit", f"the model's chat template does not write {', '.join(roles)} one by one")
-        around.append(before)
-    return [list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (*around, text)]
+        around.append(before if found else mark)
+    around.append(text)
+    if any("\ue000" in part for part in around):
+        raise BackendError("unfit", f"the model's chat template does not write {', '.join(roles)} one by one")
+    return [list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in around]
 
 
 def templated(tokenizer: Any, messages: Messages, **options: Any) -> Any:

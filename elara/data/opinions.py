@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +72,7 @@ class OpinionWriter:
         self._rows = {"ids": k * self.ids.itemsize, "logprobs": 2 * (k + 1), "following": 2}  # bytes per token
         folder.mkdir(parents=True, exist_ok=True)
         self.done = min(_size(folder / name) // width for name, width in self._rows.items())
+        self._failed = False
         self._files = {name: (folder / name).open("ab") for name in self._rows}
         for name, width in self._rows.items():
             self._files[name].truncate(self.done * width)
@@ -94,6 +95,7 @@ class OpinionWriter:
                 file.write(rows[name].tobytes())
                 file.flush()
         except OSError as error:
+            self._failed = True
             reason = f"cannot write what a teacher said to {self.folder}: {error.strerror}"
             raise ElaraError(f"{reason}; make room and run again, it goes on there") from error
         self.done += len(ids)
@@ -108,7 +110,7 @@ class OpinionWriter:
     def stop(self) -> None:
         """Close the files; what they hold is gone on with another time."""
         for file in self._files.values():
-            with suppress(OSError):  # of what `write` has complained about
+            with suppress(OSError) if self._failed else nullcontext():  # `write` has said it
                 file.close()
 
 

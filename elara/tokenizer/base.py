@@ -40,6 +40,7 @@ class Tokenizer(ABC):
     Ids 0..plain_size-1 are the plain vocabulary, then mask, system, user, assistant, tool and, unless the plain
     vocabulary has one, end. `vocab_size` counts all ids in use; the model pads it (`padded_vocab`). Plain text never
     encodes to a reserved id. Decoding renders reserved ids as nothing and ids never given out as U+FFFD.
+    `markers` are plain ids that stand for no text: special tokens of a vocabulary that others made.
     """
 
     kind: ClassVar[str]
@@ -49,6 +50,7 @@ class Tokenizer(ABC):
         self.mask_id = plain_size
         self.role_ids = {role: plain_size + 1 + i for i, role in enumerate(ROLES)}
         self.end_id = plain_size + 1 + len(ROLES) if end_id is None else end_id
+        self.markers: frozenset[int] = frozenset()
         self.vocab_size = plain_size + 1 + len(ROLES) + (end_id is None)
         self.special_ids = {self.mask_id: "mask", **{i: role for role, i in self.role_ids.items()}, self.end_id: "end"}
 

@@ -31,6 +31,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ElaraError(f"tokenizer.end_token={end_token!r} is not a token of this tokenizer.json")
         plain_size = max(vocabulary.values()) + 1
         super().__init__(plain_size, None if end_token is None else vocabulary[end_token])
+        added = self._backend.get_added_tokens_decoder()
+        self.markers = frozenset(token for token, about in added.items() if about.special)
 
     def encode_array(self, text: str) -> Ids:
         try:

@@ -7,16 +7,16 @@ with them, in proportion. So a byte or character learns from the sum over all to
 al., arXiv 2410.09303), and a word from all its spellings. Elsewhere the teacher has no opinion.
 
 A conversation it reads in its own chat template: the messages' words stand where they stood, and what the template
-writes between them takes the place of the student's roles. What ends a message there is the student's end.
+writes between them takes the place of the student's roles. The token that ends an answer there is the student's end.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from elara.backends import Backend, BackendError
 from elara.data.opinions import StoredOpinion
 from elara.errors import ElaraError
+from elara.launch import global_rank
 from elara.tokenizer import Tokenizer
 
 MORE = 4  # teacher's tokens that are asked for per student's token that is kept: several begin alike
@@ -46,6 +47,14 @@ class Reading:
     ends: list[float]
 
 
+class Unit(NamedTuple):
+    """A message of a role, or a document (None): its text, and whether an end stands behind it."""
+
+    role: str | None
+    tokens: list[int]
+    closed: bool = False
+
+
 class Projection:
     """Opinions of `backend` for a student with `student`'s tokenizer, or with the same one but roles of its own.
 
@@ -59,6 +68,7 @@ class Projection:
         self._spellings: dict[int, tuple[int, ...]] = {teacher.end_id: (student.end_id,)}
         self._roles = {token: role for role, token in student.role_ids.items()}
         self._frames: dict[tuple[str, ...], list[list[int]] | None] = {}
+        self._closes = self._find_end()
         self._anchor = teacher.encode("a")
         self._known = len(teacher.decode(self._anchor))
 
@@ -67,7 +77,7 @@ class Projection:
         words = [[token for token in row if token >= 0] for row in rows.tolist()]
         readings = [self._read(row) for row in words]
         longest = max(len(reading.ids) for reading in readings)
-        padded = [reading.ids + [self.teacher.end_id] * (longest - len(reading.ids)) for reading in readings]
+        padded = [reading.ids + [0] * (longest - len(reading.ids)) for reading in readings]  # behind all that counts
         said = self.backend.top_logprobs(torch.tensor(padded), k if self.same else MORE * k, temperature)
         ids = np.full((*rows.shape, k), -1, np.int64)
         logprobs = np.full((*rows.shape, k + 1), NOTHING, np.float32)
@@ -123,6 +133,8 @@ class Projection:
         """A teacher's token in the student's tokens; () for what has no text of its own, or characters it lacks."""
         if self.same and token < self.teacher.plain_size:
             return self._spellings.get(token, (token,))
+        if token not in self._spellings and token in self.teacher.markers:
+            self._spellings[token] = ()
         if token not in self._spellings:
             text = self.teacher.decode([*self._anchor, token])[self._known :]
             try:
@@ -134,79 +146,106 @@ class Projection:
 
     def _read(self, row: Sequence[int]) -> Reading:
         """The row's text in the teacher's tokens; nothing of conversations that it cannot read."""
-        frames = self._around(row)
-        if frames is None:
-            return Reading([self.teacher.end_id], [NOWHERE])
-        talk, reading, place, text = bool(frames), Reading([], []), 0, list[int]()
-
-        def flush() -> None:
-            nonlocal place
-            words = self.student.decode(text)
-            ids, stream, end = self.teacher.encode(words), self.teacher.stream_decoder(), place
-            pieces = [stream.feed(token) for token in ids]
-            faithful = "".join(pieces) + stream.flush() == words  # no prefix, no normalisation moved the places
-            for token, piece in zip(ids, pieces, strict=True):
-                end += len(piece)
-                reading.ids.append(token)
-                reading.ends.append(end if piece and faithful else end + BETWEEN)
-            place += len(words)
-            text.clear()
-
-        def mark(ids: Sequence[int]) -> None:
-            reading.ids.extend(ids)
-            reading.ends.extend([place - BETWEEN] * (len(ids) - 1) + [place] * bool(ids))
-
-        if talk and row[0] not in self._roles:
-            mark(frames.pop(0))
-        for token in row:
-            if token not in self._roles and token != self.student.end_id:
-                text.append(token)
-                continue
-            flush()
-            place += 1
-            if token in self._roles:
-                mark(frames.pop(0))
-            elif not talk:
-                mark([self.teacher.end_id])
-        flush()
+        units = list(self._units(row))
+        before = self._before([unit.role for unit in units])
+        if before is None:
+            return Reading([0], [NOWHERE])
+        reading, place = Reading([], []), 0
+        for unit, ids in zip(units, before, strict=True):
+            place += unit.role is not None
+            reading.ids += ids
+            reading.ends += [place - BETWEEN] * len(ids)
+            if unit.role is not None and ids:
+                reading.ends[-1] = place
+            place = self._read_text(unit.tokens, reading, place)
+            if unit.role == "assistant" and not self._closes and unit.tokens:
+                reading.ends[-1] += BETWEEN  # whether the answer ends here, it does not say in a token
+            if unit.closed:
+                place += 1
+                if unit.role is None:
+                    reading.ids.append(self.teacher.end_id)
+                    reading.ends.append(place)
         return reading
 
-    def _around(self, row: Sequence[int]) -> list[list[int]] | None:
-        """What the teacher reads in place of each role, and first of one that a row begins behind; [] for plain text.
+    def _read_text(self, tokens: Sequence[int], reading: Reading, place: int) -> int:
+        """Append plain text that begins at `place`; where it ends."""
+        words = self.student.decode(tokens)
+        ids, stream, end = self.teacher.encode(words), self.teacher.stream_decoder(), place
+        pieces = [stream.feed(token) for token in ids]
+        faithful = "".join(pieces) + stream.flush() == words  # no prefix, no normalisation moved the places
+        for token, piece in zip(ids, pieces, strict=True):
+            end += len(piece)
+            reading.ids.append(token)
+            reading.ends.append(end if piece and faithful else end + BETWEEN)
+        return place + len(words)
 
-        None: its template refuses such a conversation. A system message begins a conversation of its own.
+    def _units(self, row: Sequence[int]) -> Iterator[Unit]:
+        """Messages and documents of a row. A row that begins inside of a message begins with a document."""
+        unit: Unit | None = None
+        for token in row:
+            if token in self._roles:
+                if unit is not None:
+                    yield unit
+                unit = Unit(self._roles[token], [])
+            elif token == self.student.end_id:
+                yield (unit or Unit(None, []))._replace(closed=True)
+                unit = None
+            else:
+                unit = unit or Unit(None, [])
+                unit.tokens.append(token)
+        if unit is not None:
+            yield unit
+
+    def _before(self, roles: Sequence[str | None]) -> list[list[int]] | None:
+        """What the teacher reads before each message or document (None); None: it refuses such a conversation.
+
+        A system message begins a conversation of its own, and so does what follows a document.
         """
-        roles = [self._roles[token] for token in row if token in self._roles]
-        if not roles:
-            return []
-        if row[0] not in self._roles:  # inside of a message: whoever speaks before the next one
-            roles.insert(0, "user" if roles[0] == "assistant" else "assistant")
-        begins = [i for i, role in enumerate(roles) if i == 0 or role == "system"]
-        found: list[list[int]] = [[]]
-        for begin, end in itertools.pairwise([*begins, len(roles)]):
-            if (frame := self._frame(tuple(roles[begin:end]))) is None:
+        found, closing = list[list[int]](), list[int]()
+        for _, some in itertools.groupby(enumerate(roles), _conversation_of(roles)):
+            talk = [role for _, role in some if role is not None]
+            if not talk:
+                found.append(closing)
+                closing = []
+                continue
+            if (frame := self._frame(tuple(talk))) is None:
                 return None
-            found = [*found[:-1], found[-1] + frame[0], *frame[1:]]
-        return found[:-1]
+            found += [closing + frame[0], *frame[1:-1]]
+            closing = frame[-1]
+        return found
 
     def _frame(self, roles: tuple[str, ...]) -> list[list[int]] | None:
         if roles not in self._frames:
             try:
-                frame = self.backend.frame(roles)
-                ends = [ids[0] for role, ids in zip(roles, frame[1:], strict=True) if role == "assistant" and ids]
-                self._spellings |= {token: (self.student.end_id,) for token in ends if self._silent(token)}
-                self._frames[roles] = frame
+                self._frames[roles] = self._ask_frame(roles)
             except BackendError as error:
                 if error.kind != "unfit":
                     raise
-                if None not in self._frames.values():
+                if None not in self._frames.values() and global_rank() == 0:
                     print(f"note: some conversations stay without a teacher: {error}", file=sys.stderr, flush=True)
                 self._frames[roles] = None
         return self._frames[roles]
 
-    def _silent(self, token: int) -> bool:
-        """Whether one of the teacher's tokens is no text, but a mark of its template."""
-        return token not in self.teacher.encode(self.teacher.decode([token]))
+    def _ask_frame(self, roles: tuple[str, ...]) -> list[list[int]]:
+        try:
+            return self.backend.frame(roles)
+        except BackendError as error:
+            if error.kind != "unfit" or roles[0] != "assistant":
+                raise
+        first, second, *others = self.backend.frame(("user", *roles))  # many templates let nobody else begin
+        return [first + second, *others]
+
+    def _find_end(self) -> bool:
+        """Learn what ends an answer; False: no token of its own does, or it has no chat template."""
+        try:
+            closing = self.backend.frame(("user", "assistant"))[-1]
+        except BackendError:
+            return False
+        ends = closing[:1]
+        if not ends or ends[0] not in self.teacher.markers | {self.teacher.end_id}:
+            return False
+        self._spellings[ends[0]] = (self.student.end_id,)
+        return True
 
     def _ends(self, row: Sequence[int]) -> list[int | None]:
         """Where each of the student's tokens ends, in characters; None inside of one. An end of document and a role
@@ -222,3 +261,13 @@ class Projection:
             place += len(piece)
             ends.append(place if piece else None)
         return ends
+
+
+def _conversation_of(roles: Sequence[str | None]) -> Callable[[tuple[int, str | None]], int]:
+    """Numbers that are the same for the messages of one conversation, and for no document."""
+    number, numbers, talking = 0, list[int](), False
+    for role in roles:
+        number += role is None or role == "system" or not talking
+        talking = role is not None
+        numbers.append(number)
+    return lambda place: numbers[place[0]]

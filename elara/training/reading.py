@@ -21,6 +21,7 @@ from elara.tokenizer import Tokenizer
 from elara.training.config import DistillConfig
 from elara.training.teaching import Teacher
 
+VERSION = 2  # of how opinions are put into another tokenizer
 ROWS = 8  # windows of `distill.context` that a teacher reads at once
 SHORT = 64  # or so many shorter ones
 
@@ -43,7 +44,7 @@ def stored_opinions(teacher: Teacher, prepared: Prepared, settings: DistillConfi
     They lie in the prepared folder, under a name that holds a hash of all that changes them. A killed process goes on
     where it was; a second one waits for the first.
     """
-    other = teacher.projection is not None and not teacher.projection.same
+    other = VERSION if teacher.projection is not None and not teacher.projection.same else False
     asked = {"teacher": teacher.backend.identity(), "k": settings.top_k, "temperature": settings.temperature,
              "context": settings.context, "overlap": settings.context // 4, "projected": other}  # fmt: skip
     if prepared.train.weights is not None:

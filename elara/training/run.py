@@ -161,6 +161,7 @@ def learn_from(config: DictConfig, data: ElaraData, trainer: lightning.Trainer) 
     if settings.on_policy and isinstance(trainer.strategy, FSDP):
         raise ElaraError("distill.on_policy needs a whole model on every rank: take another trainer than fsdp")
     if settings.opinions == "stored" and settings.on_policy < 1:
+        data.train_batches()  # what is wrong with them shows before hours of asking
         data.opinions = [
             [stored_opinions(teacher, corpus, settings) for teacher in teaching.teachers] for corpus in data.corpora
         ]

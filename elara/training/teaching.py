@@ -51,7 +51,7 @@ class Teacher:
                 if self.projection is not None and other.any():
                     parts.append(self.projection.opinion(rows[other], settings.top_k, settings.temperature))
                 if not other.all():
-                    parts.append(self._direct(rows[~other].clamp(min=0), settings))
+                    parts.append(self._direct(rows[~other], settings))
         except BackendError as error:
             how = "distill.context and data.seq say how much it reads at once"
             raise BackendError(error.kind, f"teachers.{self.name}: {error} ({how})") from error
@@ -67,14 +67,15 @@ class Teacher:
         return f"{self.name} has another tokenizer: what it says is put into the student's tokens"
 
     def _direct(self, rows: Tensor, settings: DistillConfig) -> StoredOpinion:
-        said = self.backend.top_logprobs(rows, settings.top_k, settings.temperature)
+        said = self.backend.top_logprobs(rows.clamp(min=0), settings.top_k, settings.temperature)
+        following = F.pad(said.following.masked_fill(rows[:, 1:] < 0, math.nan), (0, 1), value=math.nan)
         known = (said.ids < self.student.plain_size) | (said.ids == self.student.end_id)  # not ours, nor padding
         lost = said.logprobs.masked_fill(known, -torch.inf).logsumexp(-1)
         ids, logprobs = said.ids.masked_fill(~known, -1), said.logprobs.masked_fill(~known, -torch.inf)
         missing = (0, settings.top_k - ids.shape[-1])
         ids, logprobs = F.pad(ids, missing, value=-1), F.pad(logprobs, missing, value=-torch.inf)
         logprobs = torch.cat([logprobs, torch.logaddexp(said.rest, lost)[..., None]], -1)
-        return StoredOpinion(ids, logprobs, F.pad(said.following, (0, 1), value=math.nan))
+        return StoredOpinion(ids, logprobs, following)
 
 
 class Teaching:
@@ -136,8 +137,10 @@ class Teaching:
         if self.settings.choice == "weights":
             return torch.tensor(self._weights, device=batch.tokens.device)[:, None].expand(-1, rows)
         surprise = torch.stack([-each.following[:, :-1] for each in said])  # live, none know what followed the last
-        counts = (batch.tokens[:, 1:-1] >= 0) & ~surprise.isnan().any(0)  # where all have an opinion
-        total = surprise.masked_fill(~counts, 0.0).sum(2)  # (teachers, batch)
+        known = ~surprise.isnan() & (batch.tokens[:, 1:-1] >= 0)
+        silent = ~known.any(2)  # (teachers, batch)
+        counts = (known | silent[..., None]).all(0)  # where all have an opinion that have any
+        total = surprise.masked_fill(~known | ~counts, 0.0).sum(2).masked_fill(silent, torch.inf)
         return torch.zeros_like(total).scatter(0, total.argmin(0, keepdim=True), 1.0)
 
 

@@ -18,6 +18,7 @@ from elara.data.tool_use import FAMILIES, TOOLS, Call, conversation, conversatio
 from elara.data.tool_use.arithmetic import calculate
 from elara.data.tool_use.base import WORD
 from elara.errors import ElaraError
+from elara.evaluation.calls import SEED
 
 COUNT = 3000
 FACTORS = {  # what a unit is in meters, kilograms, cubic meters or seconds (NIST Handbook 44, appendix C)
@@ -35,7 +36,7 @@ def training():
 
 @pytest.fixture(scope="module")
 def held_out():
-    return questions(1000, 0)
+    return questions(1000, SEED)
 
 
 def test_conversations_are_the_same_in_every_version_of_python():

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+from elara import checkpoint
 from elara.backends import Answer, BackendError, Params
+from elara.backends.elara import Elara
 from elara.backends.smollm2 import SmolLM2
 from elara.backends.transformers import Transformers
+from elara.config import ElaraConfig, ModelConfig
 from elara.data import DataConfig, Prepared, prepare
 from elara.data.batches import PADDING
 from elara.data.config import ReplayConfig
 from elara.data.module import ElaraData
 from elara.errors import ElaraError
+from elara.model import ElaraLM
 from elara.tokenizer import Tokenizer, TokenizerConfig
 from elara.tokenizer.byte import ByteTokenizer
 from elara.training.config import DistillConfig
@@ -83,6 +87,11 @@ def test_a_frame_and_the_messages_are_what_the_template_writes(folder: Path, bac
         (None, "refused", "no chat template"),
         ("{% for m in messages %}{{ m['content'] * 2 }}{% endfor %}", "unfit", "does not write user, user"),
         ("{{ messages[-1]['content'] }}", "unfit", "does not write user, user"),
+        (
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages[-1]['content'] }}",
+            "unfit",
+            "does not write user, user",
+        ),
     ],
 )
 def test_a_template_that_is_none_or_no_sequence_of_messages_is_refused(
@@ -157,12 +166,84 @@ def test_rows_that_begin_inside_a_message_or_hold_several_conversations(
     projection = Projection(backend, student, student)
     first = projection.opinion(torch.tensor([inside]), K, 1.0)
     start = student.decode(inside[: inside.index(student.end_id)])
-    top = reference(folder, f"<|assistant|>{start}<|end|><|user|>").topk(K)
+    top = reference(folder, f"{start}<|endoftext|><|user|>").topk(K)  # not known to be a message, it is a document
     said = first.logprobs[0, inside.index(student.role_ids["user"]), :-1]
     torch.testing.assert_close(said.double(), top.values, atol=1e-4, rtol=0)
     second = projection.opinion(torch.tensor([again]), K, 1.0)
     top = reference(folder, f"{written(CHAT)}<|system|>x<|end|><|user|>bee").topk(K)
     torch.testing.assert_close(second.logprobs[0, -2, :-1].double(), top.values, atol=1e-4, rtol=0)
+
+
+def test_documents_between_conversations_are_read_as_documents(
+    folder: Path, backend: Transformers, student: Tokenizer
+) -> None:
+    talk, _ = student.apply_chat(CHAT[1:3])
+    text = [*student.encode("honey"), student.end_id]
+    row = torch.tensor([[*text, *text, *talk, *text, *talk]])
+    found = Projection(backend, student, student).opinion(row, K, 1.0)
+    once, twice = f"honey<|endoftext|>honey<|endoftext|>{written(CHAT[1:3])}", f"honey<|endoftext|>{written(CHAT[1:2])}"
+    for place, begun in (
+        (len(text) - 1, "honey<|endoftext|>"),
+        (2 * len(text) + len(talk) - 2, once[: -len("<|end|>")]),
+        (2 * len(text) + len(talk) + len(text) - 1, once + "honey<|endoftext|>"),
+        (row.shape[1] - 2, once + twice + "<|assistant|>" + CHAT[2]["content"]),
+    ):
+        top = reference(folder, begun).topk(K)
+        torch.testing.assert_close(found.logprobs[0, place, :-1].double(), top.values, atol=1e-4, rtol=0)
+
+
+def changed(folder: Path, template: str) -> Transformers:
+    """A random model with another chat template."""
+    save_model(folder, max_position_embeddings=256)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return Transformers(str(folder), device="cpu", dtype="float32")
+
+
+def test_a_template_that_lets_nobody_but_the_user_begin_reads_what_begins_otherwise(tmp_path: Path) -> None:
+    backend = changed(tmp_path, (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user begins') }}{% endif %}"
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    ))  # fmt: skip
+    student = backend.tokenizer()
+    ids, _ = student.apply_chat(CHAT[2:4])
+    found = Projection(backend, student, student).opinion(torch.tensor([ids]), K, 1.0)
+    top = reference(tmp_path, f"<|user|><|end|>{written(CHAT[2:4])[: -len('<|end|>')]}").topk(K)
+    torch.testing.assert_close(found.logprobs[0, -2, :-1].double(), top.values, atol=1e-4, rtol=0)
+
+
+def test_where_no_token_ends_an_answer_its_end_is_left_to_the_text(tmp_path: Path) -> None:
+    backend = changed(tmp_path, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}")
+    student = backend.tokenizer()
+    ids, _ = student.apply_chat(CHAT[1:3])
+    found = Projection(backend, student, student).opinion(torch.tensor([ids]), K, 1.0)
+    known = (found.ids[0] >= 0).any(-1)
+    assert known[-4] and not known[-2]
+    assert backend.frame(("user", "assistant"))[2] == student.encode("\n\n")
+
+
+def test_what_marks_a_template_is_no_text_to_a_student(backend: Transformers) -> None:
+    """Neither before a conversation was read nor behind it."""
+    student = ByteTokenizer()
+    projection = Projection(backend, backend.tokenizer(), student)
+    row = torch.tensor([list(b"The bee flew")])
+    before = projection.opinion(row, 16, 1.0)
+    projection.opinion(torch.tensor([student.apply_chat(CHAT)[0]]), 16, 1.0)
+    behind = projection.opinion(row, 16, 1.0)
+    assert torch.equal(before.ids, behind.ids) and torch.equal(before.logprobs, behind.logprobs)
+    assert [projection._spell(token) for token in range(5)] == [(student.end_id,), (student.end_id,), (), (), ()]
+
+
+def test_a_chatting_checkpoint_frames_messages_with_its_roles(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    size = ModelConfig(n_layer=1, n_embd=32, n_head=2, hidden=32, vocab_size=320, context_length=64)
+    checkpoint.save(tmp_path, ElaraLM(ElaraConfig(model=size)), tokenizer, meta={"step": 0, "chat": True})
+    around = Elara(str(tmp_path)).frame([message["role"] for message in CHAT])
+    ids = list(around[0])
+    for message, behind in zip(CHAT, around[1:], strict=True):
+        ids += tokenizer.encode(message["content"]) + behind
+    assert ids == tokenizer.apply_chat(CHAT)[0]
 
 
 def test_a_conversation_that_the_template_refuses_stays_without_opinion(
@@ -198,7 +279,9 @@ def prepared(folder: Path, tmp_path: Path) -> Prepared:
     return prepare(data, TokenizerConfig("huggingface", path=str(folder), end_token="<|endoftext|>"), tmp_path / "data")
 
 
-def test_stored_every_conversation_is_read_alone(prepared: Prepared, backend: Transformers, student: Tokenizer) -> None:
+def test_stored_every_conversation_is_read_alone(
+    folder: Path, prepared: Prepared, backend: Transformers, student: Tokenizer
+) -> None:
     assert prepared.tokenizer.fingerprint == student.fingerprint
     train, context = prepared.train, 64
     windows = list(reading_windows(train, context, student))
@@ -223,6 +306,11 @@ def test_stored_every_conversation_is_read_alone(prepared: Prepared, backend: Tr
         torch.testing.assert_close(found.logprobs.exp(), alone.logprobs.exp(), rtol=5e-3, atol=1e-4)
     second = next(window for window in windows if long[0] < window.start < long[1])
     assert second.speaker == student.role_ids["assistant"]
+    words = train.tokens[second.start + 1 : second.stop - 4].astype(np.int64).tolist()
+    wanted = reference(folder, "<|assistant|>" + student.decode(words))
+    said = file.read(np.array([[second.stop - 5]]))
+    theirs = wanted.topk(K).values.exp().float()
+    torch.testing.assert_close(said.logprobs[0, 0, :-1].exp(), theirs, atol=1e-3, rtol=1e-2)
     said = file.read(np.arange(*long)[None])
     assert (said.ids[0, 2:-1] >= 0).any(-1).float().mean() > 0.95  # behind its own end and its first role, nothing
 
