@@ -204,12 +204,14 @@ def make_trainer(config: DictConfig, settings: Mapping[str, Any]) -> lightning.T
     """lightning.Trainer from the groups trainer, logger and callbacks."""
     processes(settings["trainer"])  # raises when the devices are not there
     micro = settings["trainer"]["accumulate_grad_batches"]
+    given = [callback for callback in (*config.callbacks.values(), config.profiler) if callback]
+    wanted = [callback for callback in given if "_target_" in callback]  # an experiment may set one that was left out
     trainer: lightning.Trainer = instantiate(
         config.trainer,
         precision=settings["trainer"]["precision"],
         val_check_interval=settings["trainer"]["val_check_interval"] * micro,  # Lightning counts micro-batches
         logger=[instantiate(logger) for logger in config.logger.values()],
-        callbacks=[instantiate(callback) for callback in (*config.callbacks.values(), config.profiler) if callback],
+        callbacks=[instantiate(callback) for callback in wanted],
         plugins=environment(),
         num_nodes=settings["trainer"]["num_nodes"],
         devices=settings["trainer"].get("devices", "auto"),

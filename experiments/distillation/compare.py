@@ -32,7 +32,10 @@ ARMS = {  # runs by their name: what they are called here
     "d_two": "+ both teachers, half each",
     "d_two_best": "+ both, who knows a window best",
     "d_policy": "+ SmolLM2, a quarter on-policy",
+    "d_weight_25": "+ SmolLM2, weight 0.25",
+    "d_weight_75": "+ SmolLM2, weight 0.75",
     "d_logits_w1": "SmolLM2's logits alone",
+    "d_logits_ar": "+ SmolLM2, next-token head alone",
     "d_reverse": "+ SmolLM2, reverse KL",
     "d_js": "+ SmolLM2, Jensen-Shannon",
 }
