@@ -23,9 +23,9 @@ STEPS = HERE / "steps.csv"
 FIGURES = ("val/loss_ar", "val/loss_diffusion")
 ARMS = {  # runs by their name: what they are called here
     "d_text": "text alone",
-    "d_text_long": "text alone, 1.84 times the steps",
+    "d_text_long": "text alone, 405 steps",
     "d_texts": "+ SmolLM2's words",
-    "d_logits_short": "+ SmolLM2's logits, 0.7 of the steps",
+    "d_logits_short": "+ SmolLM2's logits, 154 steps",
     "d_logits": "+ SmolLM2's logits",
     "d_both": "+ words and logits",
     "d_elara": "+ an older Elara's logits",
@@ -33,7 +33,6 @@ ARMS = {  # runs by their name: what they are called here
     "d_two_best": "+ both, who knows a window best",
     "d_policy": "+ SmolLM2, a quarter on-policy",
     "d_weight_25": "+ SmolLM2, weight 0.25",
-    "d_weight_75": "+ SmolLM2, weight 0.75",
     "d_logits_w1": "SmolLM2's logits alone",
     "d_logits_ar": "+ SmolLM2, next-token head alone",
     "d_reverse": "+ SmolLM2, reverse KL",
