@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -305,7 +306,10 @@ def test_ctrl_c_ends_a_process_that_waits_for_a_silent_server(api: str) -> None:
                 "openai": f"openai_compatible.OpenAICompatible('bee', '{server.address}/v1')"}[api]  # fmt: skip
         start = "from elara.backends import ollama, openai_compatible, Params"
         script = f"{start}\nlist({made}.answers([{HELLO}] * 9, Params()))"
-        with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background is told to ignore it
+        with subprocess.Popen(
+            [sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+        ) as process:
             end = time.monotonic() + 60
             while not server.asked and time.monotonic() < end:
                 time.sleep(0.02)
