@@ -65,7 +65,7 @@ class Transformers:
         self._at_once = batch_size  # less once memory did not suffice
         self._place: tuple[Path, str | None] | None = None
         self._ours: HuggingFaceTokenizer | None = None
-        self._template: Any = None  # transformers' tokenizer, which knows it
+        self._template: Any = None
         self._causal: Causal | None = None
         self._lock = threading.RLock()
 
@@ -129,10 +129,7 @@ class Transformers:
             waiting = [i for i in waiting if i not in done]
 
     def frame(self, roles: Sequence[str]) -> list[list[int]]:
-        with self._lock:
-            if self._template is None:
-                self._template = self._their_tokenizer(self._folder())
-            return frame(self._template, roles)
+        return frame(self._theirs(), roles)
 
     def top_logprobs(self, ids: Tensor, k: int, temperature: float = 1.0) -> TopLogprobs:
         with memory_explained():
@@ -185,6 +182,13 @@ class Transformers:
         ends = (token for token in (*DOCUMENT_ENDS, theirs.eos_token) if token and plain.has(token))
         return HuggingFaceTokenizer(data, next(ends, None))
 
+    def _theirs(self) -> Any:
+        """transformers' own tokenizer, which knows the chat template; read once."""
+        with self._lock:
+            if self._template is None:
+                self._template = self._their_tokenizer(self._folder())
+            return self._template
+
     def _their_tokenizer(self, folder: Path) -> Any:
         try:
             return library().AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -196,8 +200,7 @@ class Transformers:
             if self._causal is None:
                 device = find_device(self.device)
                 ours, folder = self.tokenizer(), self._folder()
-                theirs, model = self._their_tokenizer(folder), self._open(folder, device)
-                self._causal = Causal(model, theirs, ours, device, self.read_at_once)
+                self._causal = Causal(self._open(folder, device), self._theirs(), ours, device, self.read_at_once)
             return self._causal
 
     def _open(self, folder: Path, device: torch.device) -> Any:

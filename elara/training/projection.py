@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -201,17 +201,18 @@ class Projection:
 
         A system message begins a conversation of its own, and so does what follows a document.
         """
-        found, closing = list[list[int]](), list[int]()
-        for _, some in itertools.groupby(enumerate(roles), _conversation_of(roles)):
-            talk = [role for _, role in some if role is not None]
-            if not talk:
+        found, closing, at = list[list[int]](), list[int](), 0
+        while at < len(roles):
+            after = itertools.takewhile(lambda role: role not in (None, "system"), roles[at + 1 :])
+            talk = tuple(role for role in (roles[at], *after) if role is not None)
+            if roles[at] is None:
                 found.append(closing)
-                closing = []
-                continue
-            if (frame := self._frame(tuple(talk))) is None:
+                closing, at = [], at + 1
+            elif (frame := self._frame(talk)) is None:
                 return None
-            found += [closing + frame[0], *frame[1:-1]]
-            closing = frame[-1]
+            else:
+                found += [closing + frame[0], *frame[1:-1]]
+                closing, at = frame[-1], at + len(talk)
         return found
 
     def _frame(self, roles: tuple[str, ...]) -> list[list[int]] | None:
@@ -261,13 +262,3 @@ class Projection:
             place += len(piece)
             ends.append(place if piece else None)
         return ends
-
-
-def _conversation_of(roles: Sequence[str | None]) -> Callable[[tuple[int, str | None]], int]:
-    """Numbers that are the same for the messages of one conversation, and for no document."""
-    number, numbers, talking = 0, list[int](), False
-    for role in roles:
-        number += role is None or role == "system" or not talking
-        talking = role is not None
-        numbers.append(number)
-    return lambda place: numbers[place[0]]
