@@ -27,7 +27,7 @@ from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
 from elara.errors import ElaraError
 from elara.model import ElaraLM, convert
-from elara.runs import write_whole
+from elara.runs import followed, step_of, write_whole
 from elara.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1  # of the folder's layout; raised when an older reader would misunderstand it
@@ -282,10 +282,30 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def link(target: Path, name: Path) -> None:
-    """Point the symbolic link `name` at its sibling folder `target`, atomically."""
+    """Point the symbolic link `name` at its sibling folder `target`, atomically.
+
+    Where the disk has no links, `name` becomes a file that names the folder; `elara.runs.followed` reads either.
+    """
     temporary = name.with_name(f".{name.name}-{uuid.uuid4().hex[:8]}")
-    temporary.symlink_to(target.name, target_is_directory=True)
+    try:
+        temporary.symlink_to(target.name, target_is_directory=True)
+    except OSError:
+        temporary.write_text(f"{target.name}\n", "utf-8")
+    if name.is_dir() and not name.is_symlink():
+        _put_away(name)
     os.replace(temporary, name)
+
+
+def _put_away(copied: Path) -> None:
+    """Clear the place of a link that became a folder when its run was copied; what is there only once is kept."""
+    step, chance = step_of(copied), uuid.uuid4().hex[:8]
+    if followed(copied) != copied:
+        doomed = copied.rename(copied.with_name(f".step-{step}-old-{chance}"))
+        shutil.rmtree(doomed, ignore_errors=True)
+    elif step >= 0 and not copied.with_name(f"step-{step}").exists():
+        copied.rename(copied.with_name(f"step-{step}"))
+    else:
+        copied.rename(copied.with_name(f"{copied.name}-{chance}"))
 
 
 def _plain(value: Tensor) -> Tensor:

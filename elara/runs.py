@@ -18,6 +18,7 @@ from elara.errors import ElaraError
 from elara.launch import STAMP
 
 LOCK = ".lock"  # held by the process that trains in a folder
+_STEP = re.compile(r"step-\d+")  # names of checkpoints
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -43,6 +44,11 @@ class Run:
     def overrides(self) -> Path:
         """The command line's overrides as Hydra saved them, a YAML list."""
         return self.path / ".hydra" / "overrides.yaml"
+
+    @property
+    def hydra(self) -> Path:
+        """Hydra's own settings of the command that began the run, the folder it was given in among them, YAML."""
+        return self.path / ".hydra" / "hydra.yaml"
 
     def discard(self) -> None:
         """Remove the traces of a run that never began; what else lies in the folder stays, and so does the folder."""
@@ -89,12 +95,12 @@ class Run:
 
     @property
     def last(self) -> Path:
-        """Link to the newest checkpoint."""
+        """Link to the newest checkpoint; `followed` tells which."""
         return self.path / "checkpoints" / "last"
 
     @property
     def best(self) -> Path:
-        """Link to the checkpoint with the lowest validation loss."""
+        """Link to the checkpoint with the lowest validation loss; `followed` tells which."""
         return self.path / "checkpoints" / "best"
 
     @property
@@ -113,8 +119,9 @@ class Run:
         return _read_json(self.summary)
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints step-N, newest first."""
-        found = [p for p in (self.path / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        """The checkpoints step-N, newest first; where `last` or `best` was copied alone, as a folder, that one too."""
+        found = {path for path in (self.path / "checkpoints").glob("step-*") if _STEP.fullmatch(path.name)}
+        found |= {followed(link) for link in (self.last, self.best) if link.is_dir()}
         return sorted(found, key=step_of, reverse=True)
 
 
@@ -146,9 +153,29 @@ def write_whole(file: Path, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 
+def followed(link: Path) -> Path:
+    """The checkpoint folder that `last` or `best` stands for; a path that is no such link is returned as it is.
+
+    In a copied run a link may have become a folder of its own (scp -r, zip) or a file with a name in it (disks without
+    links, where such a file is also what is written here).
+    """
+    if link.is_symlink():
+        return link.with_name(os.readlink(link).rpartition("/")[2])
+    if link.is_file() and (found := _STEP.fullmatch(link.read_text("utf-8", errors="replace")[:99].strip())):
+        return link.with_name(found[0])
+    if link.is_dir() and not _STEP.fullmatch(link.name):
+        twin = link.with_name(f"step-{_read_json(link / 'meta.json').get('step')}")
+        return twin if (twin / "meta.json").is_file() else link
+    return link
+
+
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps behind a checkpoint folder `step-N` (or a link to one)."""
-    return int(checkpoint.resolve().name.removeprefix("step-"))
+    """Optimizer steps behind a checkpoint folder (or a link to one); -1 where nothing tells."""
+    folder = followed(checkpoint)
+    if _STEP.fullmatch(folder.name):
+        return int(folder.name.removeprefix("step-"))
+    step = _read_json(folder / "meta.json").get("step")
+    return step if isinstance(step, int) else -1
 
 
 def train_root() -> Path:
@@ -198,7 +225,7 @@ def find_checkpoint(where: str | Path | None = None) -> Path:
     name, finished ones first. Raises ElaraError when there is nothing.
     """
     if where is not None:
-        path = Path(where)
+        path = followed(Path(where)) if Path(where).is_file() else Path(where)
         if (path / "config.json").is_file():
             return path
         if found := _best_of(Run(path)):
@@ -215,7 +242,8 @@ def find_checkpoint(where: str | Path | None = None) -> Path:
 
 
 def _best_of(run: Run) -> Path | None:
-    candidates = [run.best, run.last, *run.checkpoints()]
+    links = [link if link.is_dir() else followed(link) for link in (run.best, run.last)]
+    candidates = [*links, *run.checkpoints()]
     return next((p for p in candidates if (p / "config.json").is_file()), None)
 
 

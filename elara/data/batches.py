@@ -34,8 +34,21 @@ class Batch(NamedTuple):
     opinions: tuple[StoredOpinion, ...] = ()
 
 
+class Consumed(NamedTuple):
+    """How far training has read a corpus, all ranks together: `windows` windows of epoch number `epoch` (from 0).
+
+    It says nothing about batches, so that a run may go on with batches of another size, on another number of ranks.
+    """
+
+    epoch: int
+    windows: int
+
+
+NOTHING = Consumed(epoch=0, windows=0)
+
+
 class Batches(Dataset[Batch]):
-    """Training batches. An item is a whole batch; position = epoch * steps + step.
+    """Training batches. An item is a whole batch; item 0 is the first one after `start`.
 
     The packed stream is cut into windows that share one token (the last target is the next input), from an offset that
     is drawn per epoch; an epoch visits every window once, in an order drawn per epoch, and drops the last incomplete
@@ -46,9 +59,10 @@ class Batches(Dataset[Batch]):
         batch_size: windows per item.
         seq: inputs per window; a window has seq + 1 tokens.
         seed: of offset and order.
-        rank, world: item `step` of this rank is batch `step * world + rank` of the epoch.
+        rank, world: of every `world` batches in a row, this rank has number `rank`.
         table: `document_windows` or `packed_windows`; None = the stream.
         opinions: what teachers said of this split.
+        start: what has been read before the first item.
 
     Raises:
         ElaraError: the corpus is too small for one batch per rank.
@@ -57,9 +71,10 @@ class Batches(Dataset[Batch]):
     def __init__(
         self, tokens: TokenFile, batch_size: int, seq: int, seed: int,
         *, rank: int = 0, world: int = 1, table: Table | None = None, opinions: Sequence[OpinionFile] = (),
+        start: Consumed = NOTHING,
     ) -> None:
         self.tokens, self.batch_size, self.seq, self.seed = tokens, batch_size, seq, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.start = rank, world, start
         self._table, self._opinions = table, tuple(opinions)
         self.windows = max(len(tokens) - seq, 0) // seq if self._table is None else len(self._table[0])
         self.steps = self.windows // (batch_size * world)
@@ -75,16 +90,26 @@ class Batches(Dataset[Batch]):
         return self.steps
 
     def __getitem__(self, position: int) -> Batch:
-        epoch, step = divmod(position, self.steps)
+        epoch, read = self.consumed(position)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, permutation(self.windows, self.seed, epoch)
-        first = (step * self.world + self.rank) * self.batch_size
+        first = read + self.rank * self.batch_size
         chosen = self._order[first : first + self.batch_size]
         if self._table is not None:
             at = places(self._table[0][chosen], self._table[1][chosen], self.seq)
             return _read(self.tokens, at, self._opinions)
         starts = chosen * self.seq + epoch_offset(self.seq, self.seed, epoch)
         return _read(self.tokens, starts[:, None] + np.arange(self.seq + 1), self._opinions)
+
+    def consumed(self, items: int) -> Consumed:
+        """What has been read when every rank has read so many items; the next item begins there."""
+        per_step = self.batch_size * self.world
+        left = max(0, self.windows - self.start.windows) // per_step  # steps in the epoch that `start` lies in
+        if items < left:
+            return Consumed(self.start.epoch, self.start.windows + items * per_step)
+
+        more, step = divmod(items - left, self.steps)
+        return Consumed(self.start.epoch + 1 + more, step * per_step)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_epoch": -1, "_order": np.empty(0, np.int64)}  # workers compute the order themselves
@@ -93,7 +118,7 @@ class Batches(Dataset[Batch]):
 class Mixture(Dataset[Batch]):
     """Batches whose rows come from several corpora: those of the first, then those of the next.
 
-    An item holds the same item of every part, so it is a function of (seed, epoch, step) as theirs are; each part has
+    An item holds the same item of every part, so it is as theirs a function of (seed, start, position); each part has
     epochs of its own.
     """
 
@@ -115,17 +140,14 @@ class Mixture(Dataset[Batch]):
 
 
 class Order(Sampler[int]):
-    """Positions from `start` on, without end: epochs follow each other inside, so training sees one endless pass.
+    """Positions 0, 1, 2 ... without end: epochs follow each other inside, so training sees one endless pass.
 
     Positions, not steps, reach the workers: a persistent worker needs no word about the epoch. There is no length,
     which makes Lightning count steps only; accumulation and validation run across epochs.
     """
 
-    def __init__(self, start: int = 0) -> None:
-        self.start = start
-
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
+        return itertools.count()
 
 
 class ValidationBatches(Dataset[Batch]):

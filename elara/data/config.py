@@ -76,4 +76,5 @@ class DataConfig(CorpusConfig):
     pack: bool = False  # with cross_documents=false: a window holds as many whole documents as fit
     val_batches: int | None = None  # validation batches, spread evenly over the text; null = all of it
     replay: ReplayConfig = field(default_factory=ReplayConfig)  # validation stays on the corpus itself
+    changed: str = "refuse"  # refuse | accept: resuming a run whose text, or its order, is not what it was
     workers: int = 0  # processes that read batches; 0 = in the training process, the fastest for small batches

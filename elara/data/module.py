@@ -12,7 +12,17 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from elara.data.batches import Batch, Batches, Mixture, Order, ValidationBatches, document_windows, packed_windows
+from elara.data.batches import (
+    NOTHING,
+    Batch,
+    Batches,
+    Consumed,
+    Mixture,
+    Order,
+    ValidationBatches,
+    document_windows,
+    packed_windows,
+)
 from elara.data.config import DataConfig, ReplayConfig
 from elara.data.opinions import OpinionFile
 from elara.data.preparation import Prepared, prepare
@@ -31,7 +41,7 @@ class ElaraData(LightningDataModule):
         seq: inputs per window, used when `data.seq` is null (the model's context length).
 
     Attributes:
-        position: batches of this rank that are behind; the train loader goes on there. Set it before `fit` to resume.
+        start: how far each of `corpora` has been read; () = not at all. Set it before `fit` to resume.
         opinions: what teachers said of the training splits of `corpora`; part of their batches. Set it before `fit`.
     """
 
@@ -39,8 +49,9 @@ class ElaraData(LightningDataModule):
         super().__init__()
         self.data, self.tokenizer_config, self.root, self.seed = data, tokenizer, Path(root), seed
         self.seq = data.seq or seq
-        self.position = 0
+        self.start: Sequence[Consumed] = ()
         self.opinions: Sequence[Sequence[OpinionFile]] = ()
+        self._train: Batches | Mixture | None = None  # what the train loader reads
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -92,12 +103,20 @@ class ElaraData(LightningDataModule):
         if not cut.cross_documents:
             table = (packed_windows if cut.pack else document_windows)(tokens.ends, self.seq)
         opinions = self.opinions[corpus] if self.opinions else ()
-        return Batches(tokens, rows, self.seq, self.seed, rank=rank, world=world, table=table, opinions=opinions)
+        start = self.start[corpus] if self.start else NOTHING
+        return Batches(
+            tokens, rows, self.seq, self.seed, rank=rank, world=world, table=table, opinions=opinions, start=start
+        )
+
+    def consumed(self, batches: int) -> list[Consumed]:
+        """How far each of `corpora` has been read when every rank has read so many batches after `start`."""
+        train = self.train_batches() if self._train is None else self._train
+        return [part.consumed(batches) for part in (train.parts if isinstance(train, Mixture) else [train])]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Batches from `position` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""
-        batches = self.train_batches()
-        return self._loader(batches, Order(self.position))
+        """Batches from `start` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""
+        self._train = self.train_batches()
+        return self._loader(self._train, Order())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same held-out windows every time."""

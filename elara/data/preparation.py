@@ -111,7 +111,9 @@ def _build(source: Source, tokenizer: Tokenizer, recipe: dict[str, Any], folder:
         manifest: dict[str, Any] = {**recipe, "tokenizer": described, "dtype": dtype.str}
         manifest["weights"] = (building / "train.weights").exists()
         for split in SPLITS:
-            manifest[split] = {**counts[split], "sha256": archives.sha256_of(building / f"{split}.bin")}
+            hashes = [archives.sha256_of(file) for file in sorted(building.glob(f"{split}.*"))]  # bin, ends, weights
+            content = hashlib.sha256("".join(hashes).encode()).hexdigest()
+            manifest[split] = {**counts[split], "sha256": hashes[0], "content": content}
         (building / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         os.chmod(building, 0o755)
         os.rename(building, folder)

@@ -20,6 +20,7 @@ from elara.tokenizer import Tokenizer
 from elara.training.balance import LoadBalancer, add_loads
 from elara.training.losses import Lesson, Losses, elara_loss
 from elara.training.metrics import Means, loss_figures
+from elara.training.optimizers import configure, hyperparameters
 from elara.training.schedules import Factor
 from elara.training.sharding import FSDP
 from elara.training.teaching import Teaching
@@ -80,6 +81,12 @@ class ElaraModule(lightning.LightningModule):
         """Optimizer steps done, those before a resume included."""
         return max(self.trainer.global_step, self.resumed_step)
 
+    @property
+    def batches_since_start(self) -> int:
+        """Batches that this rank has read since this process began to train."""
+        micro_batches: int = self.trainer.fit_loop.total_batch_idx + 1
+        return micro_batches - self.resumed_step * self.trainer.accumulate_grad_batches
+
     def step_ends(self, batch_idx: int) -> bool:
         """Whether this micro-batch is the last one of its optimizer step."""
         return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
@@ -101,7 +108,11 @@ class ElaraModule(lightning.LightningModule):
             self.trainer.strategy.shard(self.model)
 
     def on_train_start(self) -> None:
-        """Let dropout differ between ranks; `ExactResume` brings back what it was."""
+        """Rates and decays are the configuration's, also where the trainer restored an optimizer that had others.
+
+        Dropout differs between ranks; `ExactResume` brings back what it was.
+        """
+        configure(self.trainer.optimizers[0], self._rates, self._hyperparameters)
         if self.global_rank:
             torch.manual_seed(_mix(self.seed, "rank", self.global_rank))
 
@@ -180,8 +191,16 @@ class ElaraModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self._optimizer(self.model)
-        schedule = LambdaLR(optimizer, self._schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self._rates = LambdaLR(optimizer, self._schedule)
+        self._hyperparameters = hyperparameters(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._rates, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let Lightning count micro-batches as the configuration has them, also where it had others before."""
+        done = self.resumed_step * self.trainer.accumulate_grad_batches
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (batches["total"], batches["current"]):
+            counts.update(ready=done, started=done, processed=done, completed=done - 1)  # it was saved in its last hook
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Hand the weights over to `elara.checkpoint`, which stores them once, apart from the trainer's state."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from elara.model import ElaraLM
 from elara.model.attention import Attention
@@ -46,6 +47,23 @@ def muon(
         {**adam, "params": plain, "weight_decay": 0.0},
     ]
     return Muon([g for g in groups if g["params"]], dtype=dtype)
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What each parameter group holds beside its parameters: rate, decay, momentum and the like."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def configure(optimizer: torch.optim.Optimizer, schedule: LambdaLR, wanted: list[dict[str, Any]]) -> None:
+    """Give the parameter groups the hyperparameters `wanted`, their rates at the step that `schedule` has come to.
+
+    An optimizer and a schedule that are restored bring along those of the run that saved them.
+    """
+    schedule.base_lrs = [group["initial_lr"] for group in wanted]
+    for group, mine, factor in zip(optimizer.param_groups, wanted, schedule.lr_lambdas, strict=True):
+        group.update(mine)
+        group["lr"] = mine["initial_lr"] * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def _matrices(model: ElaraLM) -> dict[Tensor, int]:

@@ -5,6 +5,7 @@ Runs before Hydra and imports neither torch nor Lightning.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,13 +19,17 @@ from elara.launch import global_rank
 from elara.overrides import is_override, key_of, quoted, value_of
 from elara.runs import Run, newest_unfinished
 
-NOT_INHERITED = ("resume", "hydra.run.dir")
+PLACE = ("resume", "hydra.run.dir")  # given anew here
+NOT_INHERITED = (*PLACE, "data.changed")  # said of one command, not of the run
+# keys whose value may be a relative path
+PATHS = ("data.path", "data.replay.path", "data.url", "data.replay.url", "tokenizer.path", "init_from")
 
 
 def rewrite(arguments: list[str], config_path: str) -> list[str]:
     """Arguments that continue a run in its own folder; without `resume=` they are returned as they are.
 
-    The run's saved overrides come back, those given now win. `auto` begins a run when there is none of that name yet.
+    The run's saved overrides come back, those given now win; relative paths lead from the folder in which they were
+    given. `auto` begins a run when there is none of that name yet.
     Raises ElaraError when the run is finished and no larger trainer.max_steps is given, or there is no such folder.
     """
     given = {key_of(text): text for text in arguments if is_override(text)}
@@ -43,15 +48,16 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
         run = found
     else:
         run = Run(Path(wanted).expanduser().resolve())
-    saved = _saved_overrides(run)
+    saved = [_from(_began_in(run), text) for text in _saved_overrides(run)]
     _refuse_finished(run, given)
     merged = [text for text in saved if key_of(text) not in given and key_of(text) not in NOT_INHERITED]
-    merged += [text for key, text in given.items() if key not in NOT_INHERITED]
+    merged += [_from(Path.cwd(), text) for key, text in given.items() if key not in PLACE]
     if "trainer.precision" not in {key_of(text) for text in merged} and "trainer" not in given:
         merged += _saved_precision(run)
     options = [text for text in arguments if not is_override(text)]
     place = quoted(str(run.path))
-    return [*options, *merged, f"resume={place}", f"hydra.run.dir={place}"]
+    # a refused command must leave no trace: what this one says is recorded when it has been accepted
+    return [*options, *merged, f"resume={place}", f"hydra.run.dir={place}", "hydra.output_subdir=null"]
 
 
 def _name(overrides: list[str], config_path: str) -> str:
@@ -80,6 +86,32 @@ def _saved_overrides(run: Run) -> list[str]:
     except (OSError, yaml.YAMLError) as error:
         raise ElaraError(f"resume={run.path} is not a run folder: {run.overrides} cannot be read") from error
     return [str(text) for text in saved or []]
+
+
+def _began_in(run: Run) -> Path | None:
+    """The folder in which a run was begun, or last gone on with; None where Hydra's record does not say."""
+    try:
+        return Path(yaml.safe_load(run.hydra.read_text("utf-8"))["hydra"]["runtime"]["cwd"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def absolute(key: str, value: str | None, folder: Path) -> str | None:
+    """A relative path under one of the keys `PATHS` as it leads from `folder`; what is no path there stays as it is."""
+    name_of_a_run = key == "init_from" and "/" not in (value or "")
+    if not value or name_of_a_run or not (folder / value).exists():
+        return value
+    return os.path.abspath(folder / value)
+
+
+def _from(folder: Path | None, override: str) -> str:
+    """An override whose path leads from `folder`, wherever it is read."""
+    key, value = key_of(override), value_of(override)
+    found = absolute(key, value, folder) if folder is not None and key in PATHS else value
+    if not found or found == value:
+        return override
+    sign = "+" * (len(override) - len(override.lstrip("+")))
+    return f"{sign}{key}={quoted(found)}"
 
 
 def _refuse_finished(run: Run, given: dict[str, str]) -> None:

@@ -21,7 +21,9 @@ from torch import Tensor
 from elara import checkpoint
 from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
+from elara.data.batches import NOTHING, Consumed
 from elara.data.config import DataConfig
+from elara.data.identity import check_identity, identity
 from elara.data.module import ElaraData
 from elara.data.sources import CONVERSATIONS
 from elara.device import processes
@@ -29,7 +31,7 @@ from elara.errors import ElaraError
 from elara.launch import global_rank, local_ranks, nodes
 from elara.model import ElaraLM
 from elara.overrides import quoted
-from elara.runs import Run, claim, find_checkpoint, project_root, shown
+from elara.runs import Run, claim, find_checkpoint, project_root, shown, write_whole
 from elara.tokenizer import Tokenizer, TokenizerConfig
 from elara.training.callbacks import Checkpoint
 from elara.training.callbacks.samples import last_sample
@@ -38,6 +40,7 @@ from elara.training.distributed import environment
 from elara.training.module import ElaraModule
 from elara.training.precision import resolve
 from elara.training.reading import stored_opinions
+from elara.training.resume import PATHS, absolute
 from elara.training.sharding import FSDP
 from elara.training.teaching import Teaching, open_teachers
 
@@ -79,7 +82,9 @@ def run(config: DictConfig) -> None:
         raise
     if first:
         note_changes(here, settings)
-        OmegaConf.save(OmegaConf.create(settings), here.config)
+        if config.resume:
+            record_overrides(here)
+        write_whole(here.config, OmegaConf.to_yaml(OmegaConf.create(settings)))
         for logger in parts.trainer.loggers:
             logger.log_hyperparams(settings)
         announce(parts, here, start)
@@ -103,6 +108,12 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     if not re.fullmatch(r"[\w.-]+", settings["name"]):
         raise ElaraError(f"name={settings['name']} names a folder: use letters, digits, '.', '-' and '_' only")
+    for key in PATHS:  # the run may go on in another folder
+        *groups, name = key.split(".")
+        part = settings
+        for group in groups:
+            part = part[group]
+        part[name] = absolute(key, part[name], Path.cwd())
     trainer = settings["trainer"]
     trainer["precision"] = resolve(trainer.get("precision", "auto"), str(trainer.get("accelerator", "auto")))
     if trainer.get("num_nodes", "auto") == "auto":
@@ -156,7 +167,7 @@ def learn_from(config: DictConfig, data: ElaraData, trainer: lightning.Trainer) 
     teachers = open_teachers(config.teachers, data.prepared.tokenizer, conversations=conversations)
     teaching = Teaching(teachers, settings)
     for teacher in teaching.teachers:
-        if global_rank() == 0 and (note := teacher.note(conversations)):
+        if note := teacher.note(conversations):
             say(note)
     if settings.on_policy and isinstance(trainer.strategy, FSDP):
         raise ElaraError("distill.on_policy needs a whole model on every rank: take another trainer than fsdp")
@@ -234,6 +245,7 @@ def begin(config: DictConfig, parts: Parts, here: Run) -> Start:
     if found := here.checkpoints():
         if not config.resume:
             raise ElaraError(f"{here.path} holds a run already: go on with resume={here.path}, or take another folder")
+        same_optimizer(config, here)
         return restore(parts, found)
     if config.init_from:
         path = find_checkpoint(config.init_from).resolve()
@@ -243,16 +255,23 @@ def begin(config: DictConfig, parts: Parts, here: Run) -> Start:
 
 
 def restore(parts: Parts, found: list[Path]) -> Start:
-    """Load the newest checkpoint that is whole and fits; older ones stand in for it with a note."""
+    """Load the newest checkpoint that is whole; older ones stand in for it with a note.
+
+    Raises ElaraError when none is, and when the newest one does not go with the configuration or its text: an older one
+    that does would be a run of long ago.
+    """
     errors: list[ElaraError] = []
     for path in found:
         try:
-            checkpoint.same_architecture(path, checkpoint.read_config(path), parts.module.model.config)
-            meta = checkpoint.read_meta(path)
+            meta, saved = checkpoint.read_meta(path), checkpoint.read_config(path)
+        except ElaraError as error:
+            errors.append(error)
+            continue
+        checkpoint.same_architecture(path, saved, parts.module.model.config)
+        same_kind(path, parts)
+        same_text(path, meta, parts.data)
+        try:
             checkpoint.verify_trainer(path, meta)
-            if (path / checkpoint.OPTIMIZER).is_dir() != isinstance(parts.trainer.strategy, FSDP):
-                saved = "fsdp" if (path / checkpoint.OPTIMIZER).is_dir() else "another trainer than fsdp"
-                raise ElaraError(f"{path} was saved by trainer={saved}: resume with that, or start anew with init_from")
             load_weights(path, parts)
         except ElaraError as error:
             errors.append(error)
@@ -260,11 +279,50 @@ def restore(parts: Parts, found: list[Path]) -> Start:
         for problem in errors:
             say(f"note: {problem}; going back to {path.name}")
         parts.module.resumed_step = meta["step"]
-        data = parts.data
-        parts.data.position = meta["windows"] // (data.data.batch_size * parts.trainer.world_size)
+        parts.data.start = read_before(meta, parts)
         saver_of(parts.trainer, parent=meta.get("parent"))
         return Start(meta["step"], path / checkpoint.TRAINER, meta["validation_due"])
     raise errors[0]
+
+
+def same_kind(path: Path, parts: Parts) -> None:
+    """Raise ElaraError where a checkpoint's optimizer state is sharded and this trainer's is not, or the other way."""
+    if (path / checkpoint.OPTIMIZER).is_dir() != isinstance(parts.trainer.strategy, FSDP):
+        saved = "fsdp" if (path / checkpoint.OPTIMIZER).is_dir() else "another trainer than fsdp"
+        raise ElaraError(f"{path} was saved by trainer={saved}: resume with that, or start anew with init_from")
+
+
+def same_optimizer(config: DictConfig, here: Run) -> None:
+    """Raise ElaraError when a run would go on with another optimizer, which cannot use the state of the first."""
+    if not here.config.exists():
+        return
+    before = OmegaConf.select(OmegaConf.load(here.config), "optimizer._target_")
+    if before != config.optimizer._target_:
+        names = [str(target).rpartition(".")[2] for target in (before, config.optimizer._target_)]
+        raise ElaraError(
+            f"this run has optimizer={names[0]}, whose state {names[1]} cannot go on with: "
+            "leave it, or begin a new run with init_from"
+        )
+
+
+def same_text(path: Path, meta: Mapping[str, Any], data: ElaraData) -> None:
+    """Raise ElaraError when the run would read another text than before, or in another order, without being told to."""
+    if data.data.changed not in ("refuse", "accept"):
+        raise ElaraError(f"data.changed={data.data.changed} is unknown: use refuse or accept")
+    if "text" not in meta:
+        say(f"note: {path.name} is from before checkpoints knew their text: whether it has changed cannot be checked")
+    elif data.data.changed == "refuse":
+        check_identity(meta["text"], identity(data))
+
+
+def read_before(meta: Mapping[str, Any], parts: Parts) -> list[Consumed]:
+    """How far each corpus had been read when a checkpoint was saved."""
+    if "read" in meta:
+        read = [Consumed(**part) for part in meta["read"]]
+        return [*read, *[NOTHING] * len(parts.data.corpora)][: len(parts.data.corpora)]
+    # from before: one number for all epochs, right as long as batches had one size
+    parts.data.trainer = parts.trainer
+    return parts.data.consumed(meta["windows"] // (parts.data.data.batch_size * parts.trainer.world_size))
 
 
 def load_weights(path: Path, parts: Parts) -> dict[str, Any]:
@@ -293,6 +351,12 @@ def fit(parts: Parts, start: Start) -> None:
     if start.validation_due:
         trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data, ckpt_path=start.trainer_state, weights_only=True)
+
+
+def record_overrides(here: Run) -> None:
+    """Remember what this command line made of the run; Hydra would have done so before anyone could refuse it."""
+    here.overrides.parent.mkdir(exist_ok=True)
+    write_whole(here.overrides, OmegaConf.to_yaml(HydraConfig.get().overrides.task))
 
 
 def note_changes(here: Run, settings: Mapping[str, Any]) -> None:
@@ -358,4 +422,6 @@ def shell(text: str) -> str:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    """Print a line, once for all ranks."""
+    if global_rank() == 0:
+        print(line, flush=True)

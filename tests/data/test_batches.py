@@ -1,6 +1,9 @@
 """Which tokens make which batch: purity, no replacement, ranks, documents."""
 
+import itertools
 import pickle
+import random
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -8,7 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elara.data.batches import PADDING, Batches, Order, ValidationBatches, document_windows, packed_windows, permutation
+from elara.data.batches import (
+    NOTHING,
+    PADDING,
+    Batches,
+    Consumed,
+    Order,
+    ValidationBatches,
+    document_windows,
+    packed_windows,
+    permutation,
+)
 from elara.errors import ElaraError
 
 
@@ -93,9 +106,29 @@ def test_too_small_a_corpus_is_refused_with_the_keys_to_change(token_file):
         Batches(token_file(10), batch_size=1, seq=16, seed=1)
 
 
-def test_order_starts_anywhere_and_goes_on_without_end():
-    positions = iter(Order(5))
-    assert [next(positions) for _ in range(3)] == [5, 6, 7]
+def test_order_goes_on_without_end():
+    assert list(itertools.islice(Order(), 3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batches_of_any_sizes_read_every_window_of_an_epoch_once(token_file, seed):
+    """Sizes and ranks that change between items; only an epoch's last windows, too few for a batch, are left out."""
+    tokens, chance = token_file(1000), random.Random(seed)
+    start, epochs = NOTHING, []
+    rows: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    while start.epoch < 3:
+        size, world = chance.randint(1, 7), chance.randint(1, 3)
+        ranks = [Batches(tokens, size, 16, 1, rank=rank, world=world, start=start) for rank in range(world)]
+        items = chance.randint(1, 4)
+        for item in range(items):
+            epochs.append(ranks[0].consumed(item).epoch)
+            for batches in ranks:
+                rows[epochs[-1]] += [tuple(row) for row in batches[item].tokens.tolist()]
+        start = ranks[0].consumed(items)
+    assert epochs == sorted(epochs)
+    for epoch in range(3):
+        order = [tuple(Batches(tokens, 1, 16, 1, start=Consumed(epoch, i))[0].tokens[0].tolist()) for i in range(61)]
+        assert rows[epoch] == order[: len(rows[epoch])] and len(order) - len(rows[epoch]) < 21
 
 
 def check_documents(rows, lengths):

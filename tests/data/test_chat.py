@@ -195,7 +195,7 @@ def test_a_replay_goes_on_anywhere_exactly(mixed, workers):
     whole = list(itertools.islice(mixed().train_dataloader(), 120))
     for position in (1, 17, 100):
         module = mixed(workers=workers)
-        module.position = position
+        module.start = mixed().consumed(position)
         rest = list(itertools.islice(module.train_dataloader(), 10))
         for mine, theirs in zip(rest, whole[position:], strict=False):
             assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.weights, theirs.weights)

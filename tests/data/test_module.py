@@ -34,7 +34,7 @@ def test_resuming_anywhere_equals_the_uninterrupted_order(make, workers):
     assert whole[0].shape == (4, 33)
     for position in (1, steps - 1, steps, steps + 3):
         module = make(workers=workers)
-        module.position = position
+        module.start = make().consumed(position)
         rest = take(module, 6)
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[position:], strict=False))
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,16 @@ import torch
 from elara import checkpoint
 from elara.errors import EXIT_SAVED
 from elara.overrides import key_of
-from elara.runs import Run
+from elara.runs import Run, find_checkpoint
 from elara.training.resume import rewrite
+from elara.training.schedules import wsd
 
 ACCUMULATE = "trainer.accumulate_grad_batches=2"
+
+
+def some_slow(*values: str) -> list[Any]:
+    """Values of a parameter whose tests run with the slow ones."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture(scope="session")
@@ -181,6 +188,192 @@ def test_an_interrupt_saves_and_says_how_to_go_on(home, whole: Path, number: sig
     assert done.returncode == 0 and f"going on at step {step} in" in done.stdout
 
 
+def begun(home, whole: Path, name: str, step: int) -> Run:
+    """A copy of the whole run as it was at `step`."""
+    return Run(copy_as_killed(whole, name, step=step))
+
+
+def rates(home, run: Run) -> dict[int, float]:
+    return {int(row["step"]): float(row["train/lr"]) for row in home.rows(run.path) if row["train/lr"]}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", *some_slow("adamw")])
+def test_a_resumed_run_takes_its_rates_and_decays_from_the_configuration(home, whole: Path, optimizer: str) -> None:
+    name = f"rates-{optimizer}"
+    steps = ["trainer.max_steps=2", "schedule.warmup=0", f"optimizer={optimizer}"]
+    assert home.call(*home.tiny(f"name={name}", *steps)).returncode == 0
+    run = Run(home.only_run(name))
+    changed = ["optimizer.lr=0.25", "optimizer.weight_decay=0.5", "optimizer.betas=[0.8,0.9]", "trainer.max_steps=5"]
+    changed += ["optimizer.momentum=0.7", "optimizer.adam_lr=0.125"] if optimizer == "muon" else []
+    done = home.call(f"resume={run.path}", *changed)
+    assert done.returncode == 0, done.stderr
+    factor = wsd(5, warmup=0, decay=0.6, final=0.0)
+    assert [rate for step, rate in rates(home, run).items() if step > 2] == [
+        pytest.approx(0.25 * factor(step), rel=1e-8) for step in (2, 3, 4)
+    ]
+    groups = torch.load(run.last / "trainer.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    adam = [group for group in groups if group.get("kind", "adamw") == "adamw"]
+    assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
+    assert all(tuple(group["betas"]) == (0.8, 0.9) for group in adam)
+    assert {group["initial_lr"] for group in adam} == {0.125 if optimizer == "muon" else 0.25}
+    assert {group.get("momentum", 0.7) for group in groups} == {0.7}
+
+
+def test_another_optimizer_is_refused_with_what_to_do(home, whole: Path) -> None:
+    run = begun(home, whole, "other-optimizer", 16)
+    done = home.call(f"resume={run.path}", "optimizer=adamw")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "this run has optimizer=muon, whose state adamw cannot go on with" in done.stderr
+
+
+def test_batches_of_another_size_go_on_where_the_text_was(home, whole: Path) -> None:
+    """Twice, as the second change once counted the steps of before in its own size."""
+    run = begun(home, whole, "sizes", 16)
+    read = [part["windows"] for part in checkpoint.read_meta(run.last)["read"]]
+    assert read == [16 * 2 * 4]  # 16 steps of two micro-batches of 4 windows
+    for size, micro, last in ((2, 2, 18), (3, 1, 21)):
+        options = [f"data.batch_size={size}", f"trainer.accumulate_grad_batches={micro}", f"trainer.max_steps={last}"]
+        done = home.call(f"resume={run.path}", *options)
+        assert done.returncode == 0, done.stderr
+        read.append(checkpoint.read_meta(run.last)["read"][0]["windows"])
+    assert read == [128, 128 + 2 * 2 * 2, 128 + 8 + 3 * 3]
+
+
+@pytest.mark.slow
+def test_validations_keep_their_steps_when_the_accumulation_changes(home, whole: Path) -> None:
+    run = begun(home, whole, "accumulation", 16)
+    done = home.call(f"resume={run.path}", "trainer.accumulate_grad_batches=3", "trainer.val_check_interval=3")
+    assert done.returncode == 0, done.stderr
+    validated = [int(row["step"]) for row in home.rows(run.path) if row["val/loss_ar"]]
+    assert validated == [8, 16, 18, 21, 24]
+
+
+def texts(home, name: str) -> Path:
+    """A folder of its own with the text, to begin a run in."""
+    folder = home.path / name
+    folder.mkdir()
+    shutil.copy(home.text, folder / "own.txt")
+    return folder
+
+
+def test_a_text_that_changed_is_refused_unless_accepted(home) -> None:
+    file = texts(home, "grow") / "own.txt"
+    short = ["trainer.max_steps=2", f"data.path={file}"]
+    assert home.call(*home.tiny("name=grow", *short)).returncode == 0
+    run = Run(home.only_run("grow"))
+    before, more = checkpoint.read_meta(run.last)["text"], [f"resume={run.path}", "trainer.max_steps=3"]
+    file.write_text(file.read_text("utf-8")[:4000] * 4, "utf-8")
+
+    done = home.call(*more)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"the training text of this run has changed: {file.resolve()} (" in done.stderr
+    assert done.stderr.endswith("go on like this with data.changed=accept\n")
+
+    done = home.call(*more, "data.changed=accept")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read_meta(run.last)["text"] != before
+    done = home.call(f"resume={run.path}", "trainer.max_steps=4")
+    assert done.returncode == 0, f"what was accepted is the run's text now: {done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_same_text_in_another_place_is_the_same(home, whole: Path) -> None:
+    run = begun(home, whole, "moved", 16)
+    moved = texts(home, "moved-text") / "own.txt"
+    done = home.call(f"resume={run.path}", f"data.path={moved}")
+    assert done.returncode == 0, done.stderr
+    same_run(home, run.path, whole)
+
+
+@pytest.mark.parametrize("change", ["seed=2", *some_slow("data.seq=16", "data.cross_documents=false")])
+def test_what_would_order_the_text_anew_is_refused(home, whole: Path, change: str) -> None:
+    run = begun(home, whole, f"order-{change.partition('=')[0]}", 16)
+    done = home.call(f"resume={run.path}", change)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"{change.partition('=')[0]} orders the text that this run reads" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_older_checkpoint_does_not_stand_in_for_a_text_that_changed(home, whole: Path) -> None:
+    run = begun(home, whole, "no-way-back", 16)
+    meta = checkpoint.read_meta(run.last)
+    meta["text"][0]["train"]["sha256"] = "0" * 64
+    checkpoint.write_json(run.last / "meta.json", meta)
+    done = home.call(f"resume={run.path}")
+    assert done.returncode == 1 and "the training text of this run has changed" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_from_before_goes_on_by_its_number_of_windows(home, whole: Path) -> None:
+    run = begun(home, whole, "from-before", 16)
+    meta = checkpoint.read_meta(run.last)
+    windows = 16 * 2 * 4
+    old = {key: value for key, value in meta.items() if key not in ("read", "text")}
+    checkpoint.write_json(run.last / "meta.json", {**old, "windows": windows})
+    done = home.call(f"resume={run.path}")
+    assert done.returncode == 0, done.stderr
+    assert "whether it has changed cannot be checked" in done.stdout
+    same_run(home, run.path, whole)
+
+
+@pytest.mark.slow
+def test_relative_paths_lead_from_where_the_run_began(home) -> None:
+    folder = texts(home, "began-here")
+    command = [*home.tiny("name=relative", "trainer.max_steps=1"), "data.path=own.txt"]
+    began = subprocess.run(home.command(*command), cwd=folder, env=home.env(), capture_output=True, check=False)
+    assert began.returncode == 0, began.stderr
+    run = Run(home.only_run("relative"))
+    for steps in (2, 3):  # in another folder, twice: what the first resume recorded counts too
+        done = home.call(f"resume={run.path}", f"trainer.max_steps={steps}")
+        assert done.returncode == 0, done.stderr
+        assert "data.path was" not in done.stdout
+
+
+def traces(run: Path) -> dict[str, bytes]:
+    """All files of a run but its lock."""
+    files = [file for file in run.rglob("*") if file.is_file() and file.name != ".lock"]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
+REFUSED = [
+    "data.path=typo.txt", "model.hidden=96", "optimizer=adamw", "optimizer.momentun=0.5", "trainer.max_steps=0",
+    "data.changed=perhaps", "callbacks.checkpoint.keep=0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [REFUSED[0], *some_slow(*REFUSED[1:])])
+def test_a_refused_resume_leaves_no_trace(home, whole: Path, change: str) -> None:
+    run = begun(home, whole, f"refused-{change.partition('=')[0]}", 16)
+    before = traces(run.path)
+    done = home.call(f"resume={run.path}", change)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert traces(run.path) == before
+    if change == REFUSED[0]:  # the right command is not taken for the wrong one
+        assert home.call(f"resume={run.path}").returncode == 0
+        same_run(home, run.path, whole)
+
+
+@pytest.mark.parametrize("kind", ["folders", *some_slow("files", "alone")])
+def test_a_copied_run_goes_on_and_is_found(home, whole: Path, kind: str) -> None:
+    """Copies make folders of the links `last` and `best` (scp -r), or files with a name in them (no links there)."""
+    run = Run(whole.parent.parent / f"copied-{kind}" / whole.name)
+    shutil.copytree(begun(home, whole, f"copy-of-{kind}", 16).path, run.path, symlinks=kind == "files")
+    if kind == "files":
+        for link in (run.last, run.best):
+            name = link.readlink()
+            link.unlink()
+            link.write_text(f"{name}\n", "utf-8")
+    if kind == "alone":
+        for folder in run.path.glob("checkpoints/step-*"):
+            shutil.rmtree(folder)
+    assert checkpoint.read_meta(find_checkpoint(run.path))["step"] == 16
+    assert checkpoint.read_meta(find_checkpoint(run.last))["step"] == 16
+    done = home.call(f"resume={run.path}")
+    assert done.returncode == 0, done.stderr
+    same_run(home, run.path, whole)
+    assert all(re.fullmatch(r"step-\d+|last|best", path.name) for path in run.last.parent.iterdir())
+
+
 HOLD = """
 import sys
 from pathlib import Path
@@ -196,7 +389,9 @@ def test_two_processes_cannot_train_in_one_folder(home, whole: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, env=home.env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
-        done = home.call("resume=auto", "name=busy")
+        before = traces(folder)
+        done = home.call("resume=auto", "name=busy", "optimizer.lr=0.5")
+        assert traces(folder) == before
         other.kill()
     assert done.returncode == 1 and "another process is training in" in done.stderr
 
@@ -229,16 +424,17 @@ def test_saved_overrides_come_back_and_those_given_now_win(tmp_path: Path) -> No
     arguments = rewrite(["--cfg", "job", f"resume={run.path}", "seed=5"], conf())
     assert arguments[:2] == ["--cfg", "job"]
     assert [key_of(text) for text in arguments[2:]] == [
-        "trm.depth", "trainer.fast", "seed", "trainer.precision", "resume", "hydra.run.dir"
+        "trm.depth", "trainer.fast", "seed", "trainer.precision", "resume", "hydra.run.dir", "hydra.output_subdir"
     ]  # fmt: skip
     assert "seed=5" in arguments and "trainer.precision=bf16-mixed" in arguments
-    assert arguments[-1] == f"hydra.run.dir='{run.path}'"
+    assert f"hydra.run.dir='{run.path}'" in arguments
 
 
 def test_a_folder_with_odd_signs_in_its_name_is_quoted(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "it's a, (run)", [])
     again = rewrite(rewrite([f"resume={run.path}"], conf()), conf())
-    assert again[-1].startswith("hydra.run.dir='") and "it\\'s a, (run)" in again[-1]
+    (place,) = (text for text in again if text.startswith("hydra.run.dir='"))
+    assert "it\\'s a, (run)" in place
 
 
 def test_another_trainer_chooses_its_own_precision(tmp_path: Path) -> None:

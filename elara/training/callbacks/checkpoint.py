@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elara import checkpoint
 from elara.data.batches import Batch
+from elara.data.identity import identity
 from elara.errors import ElaraError
 from elara.runs import Run, step_of
 
@@ -85,16 +86,16 @@ class Checkpoint(Callback):
             module.saved_weights = {}
             return weights
 
-        per_batch = trainer.datamodule.data.batch_size * trainer.world_size  # type: ignore[attr-defined]
-        windows = (trainer.fit_loop.total_batch_idx + 1) * per_batch
+        data = trainer.datamodule  # type: ignore[attr-defined]
         meta = {
             "step": step,
-            "windows": windows,  # of text behind this step, all ranks together
+            "read": [part._asdict() for part in data.consumed(module.batches_since_start)],
+            "text": identity(data),
             "validation_due": validation_due,
             "run": str(self.run.path),
             "parent": self.parent,
         }
-        if trainer.datamodule.chat:  # type: ignore[attr-defined]
+        if data.chat:
             meta["chat"] = True  # exports carry the chat template, and elara.sample asks instead of continuing
         checkpoint.save(folder, module.model, module.tokenizer, meta=meta, trainer_state=trainer_state)
         checkpoint.link(folder, self.run.last)
@@ -109,7 +110,7 @@ class Checkpoint(Callback):
     def _prune(self) -> None:
         folders = self.run.checkpoints()
         keep = {step_of(folder) for folder in folders[: self.keep]}
-        keep |= {step_of(link) for link in (self.run.best, self.run.last) if link.exists()}
+        keep |= {step_of(link) for link in (self.run.best, self.run.last)}
         for folder in folders:
             if step_of(folder) not in keep:
                 doomed = folder.with_name(f".{folder.name}-old-{uuid.uuid4().hex[:8]}")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, Interrupted
 from elara.report.metrics import points, read_metrics
-from elara.runs import Run
+from elara.runs import Run, followed
 from elara.size import count_parameters
 from elara.training.callbacks.summary import commit, hardware, versions
 from elara.training.loggers import Monitor
@@ -64,7 +64,7 @@ class Monitoring(Callback):
             self._draw(module.step)
         folder = self.run.path / "checkpoints" / f"step-{module.step}"
         if folder.is_dir():
-            best = ["best"] if self.run.best.exists() and self.run.best.resolve() == folder.resolve() else []
+            best = ["best"] if followed(self.run.best) == folder else []
             self._keep(folder, "all", best)
         for monitor in self._monitors:
             monitor.save()  # the checkpoint lies before this validation: it is not going to be repeated
@@ -76,7 +76,7 @@ class Monitoring(Callback):
             for monitor in self._monitors:
                 monitor.log_best(self._lowest())
         if self.run.best.exists():
-            self._keep(self.run.best.resolve(), "best", ["best"])
+            self._keep(followed(self.run.best), "best", ["best"])
         for monitor in self._monitors:
             print(monitor.hint, flush=True)
 
