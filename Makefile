@@ -10,7 +10,7 @@ DEV := .venv/.dev
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sweep search report sample verify evaluate export collect bench test test-all counterparts lint clean distclean force
+.PHONY: help setup data train sweep search report sample verify evaluate export collect bench test test-all test-long counterparts lint clean distclean force
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -58,10 +58,13 @@ bench: $(CORE) ## measure the promised speed ratios, each beside its reference
 	@$(PY) -m elara.bench $(ARGS)
 
 test: $(DEV) ## the fast tests, with the coverage of model and decoding
-	@$(PY) -m pytest -m "not slow" $(PARALLEL) --cov --cov-report=term
+	@$(PY) -m pytest -m "not slow and not long" $(PARALLEL) --cov --cov-report=term
 
 test-all: test counterparts ## the fast tests, then the slow ones and those with a real counterpart
 	@$(PY) -m pytest -m slow $(PARALLEL)
+
+test-long: $(DEV) ## what takes hours: 190 more random ways through resuming
+	@$(PY) -m pytest -m long $(PARALLEL)
 
 # Programs that the tests compare with. Where one cannot be installed, the tests that need it say so and are skipped.
 counterparts:
