@@ -1,8 +1,8 @@
 """Whatever happens to a run on its way, its weights and the windows it has read are those of a run without kills.
 
-Random sequences of: train some steps, be killed or asked to stop, change a setting, be refused one, be copied, go on. The
-reference takes the same steps with the same settings and is never killed. Which windows a run reads, and at which rate it
-learns, is computed here a second time, in plain loops.
+Random sequences of: train some steps, be killed or asked to stop, change a setting, be refused one, be copied, go on.
+The reference takes the same steps with the same settings and is never killed. Which windows a run reads, and at which
+rate it learns, is computed here a second time, in plain loops.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -114,11 +113,11 @@ def train_here(arguments: list[str], home: str, output: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[ForkServerContext]:
+def warm() -> ForkServerContext:
     """Starts processes that need no seconds to import torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["elara.training.run", "elara.training.callbacks", "elara.report", __name__])
-    yield context
+    return context
 
 
 @dataclass
@@ -286,7 +285,6 @@ def test_a_run_is_what_its_steps_were(warm: ForkServerContext, small_home: Home,
 
     for row in small_home.rows(life.folder):
         step, settings = int(row["step"]), [some for begun, some in life.segments if begun < int(row["step"])][-1]
-        factor = wsd(
-            settings["trainer.max_steps"], warmup=settings["schedule.warmup"], decay=settings["schedule.decay"], final=0.0
-        )
+        last, warmup, decay = (settings[key] for key in ("trainer.max_steps", "schedule.warmup", "schedule.decay"))
+        factor = wsd(last, warmup=warmup, decay=decay, final=0.0)
         assert float(row["train/lr"]) == pytest.approx(settings["optimizer.lr"] * factor(step - 1), rel=1e-7)
