@@ -38,8 +38,9 @@ HARMLESS = re.compile(r"\$\{(hydra:[\w./]+|elara_root:|elara_now:|now:[^${}]*|[\
 VALUES = ("name", "seed", "init_from", "compile")  # all other keys without a dot are groups
 OPTION = re.compile(r"[\w-][\w.-]*")  # of a group, by its name; with a / it could be any file
 ADDRESSES = ("base_url", "host", "address", "tracking_uri")
-LAUNCHER = ("n_jobs", "timeout_min", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "partition",
-            "account", "array_parallelism")  # fmt: skip
+LAUNCHING = ("n_jobs", "timeout_min", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "partition",
+             "account", "array_parallelism")  # fmt: skip
+OF_A_SWEEP = frozenset(["hydra/launcher", "hydra.verbose", *(f"hydra.launcher.{name}" for name in LAUNCHING)])
 
 
 def taken(arguments: list[str]) -> tuple[list[str], bool]:
@@ -51,28 +52,26 @@ def taken(arguments: list[str]) -> tuple[list[str], bool]:
     return [text for text in arguments if text not in own], any(value_of(text).lower() == "true" for text in own)
 
 
-def check(saved: Iterable[str], given: Iterable[str], place: Path, *, launcher: bool = False) -> None:
+def check(saved: Iterable[str], given: Iterable[str], place: Path, *, sweep: bool = False) -> None:
     """Raise ElaraError for the first of a folder's saved overrides that only its owner may ask for.
 
-    given: the command line's own overrides; what they name may be built. launcher: the overrides of a sweep may say
-    where its jobs run.
+    given: the command line's own overrides; what they name may be built. sweep: its overrides say where jobs run.
     """
     named = {str(value) for text in given for key, value in _leaves(text) if _last(key) == TARGET}
     for text in saved:
-        if (why := _objection(text, named, launcher)) is not None:
+        if (why := _objection(text, named, sweep)) is not None:
             advice = f"give it on the command line too, or {TRUST}=true if you trust whoever made this folder"
             raise ElaraError(f"{place} brings along {text}, {why}: {advice}")
 
 
-def _objection(text: str, named: set[str], launcher: bool) -> str | None:
+def _objection(text: str, named: set[str], sweep: bool) -> str | None:
     """What is wrong with an override that a folder brings along; None when it sets a value or chooses an option."""
     override = _parsed(text)
     if override is None:  # an option of the command line, perhaps: --experimental-rerun unpickles a file
         return "which is no override"
     key = override.key_or_group
-    if launcher and (key == "hydra/launcher" or key in {f"hydra.launcher.{name}" for name in LAUNCHER}):
-        pass
-    elif any(re.match(r"hydra\b", where or "") for where in (key, override.package)):
+    about_hydra = any(re.match(r"hydra\b", where or "") for where in (key, override.package))
+    if about_hydra and not (sweep and key in OF_A_SWEEP):
         return "which is about Hydra itself"
     for path, value in _leaves(text):
         if not isinstance(value, (str, int, float, type(None))):

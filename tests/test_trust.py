@@ -134,10 +134,10 @@ def test_what_the_command_line_names_may_be_built() -> None:
 
 
 def test_of_a_sweep_the_launcher_may_be_set_but_not_made() -> None:
-    check(["hydra.launcher.n_jobs=4", "hydra/launcher=joblib"], [], ELSEWHERE, launcher=True)
+    check(["hydra.launcher.n_jobs=4", "hydra/launcher=joblib"], [], ELSEWHERE, sweep=True)
     for text in ("hydra.launcher.setup=['curl example.org']", "hydra.launcher._target_=os.system"):
         with pytest.raises(ElaraError, match="about Hydra itself"):
-            check([text], [], ELSEWHERE, launcher=True)
+            check([text], [], ELSEWHERE, sweep=True)
 
 
 @pytest.fixture(scope="module")

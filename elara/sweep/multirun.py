@@ -155,7 +155,7 @@ def rewrite(arguments: list[str]) -> list[str]:
     replaced = {*given, "hydra.sweep.dir", "hydra.mode"}
     if not trusted:
         inherited = dict.fromkeys(text for texts in (*plan.jobs, plan.hydra) for text in texts)
-        trust.check([text for text in inherited if key_of(text) not in replaced], given.values(), folder, launcher=True)
+        trust.check([text for text in inherited if key_of(text) not in replaced], given.values(), folder, sweep=True)
     kept = [text for text in [*plan.task, *plan.hydra] if key_of(text) not in replaced]
     options = [text for text in arguments if not is_override(text) and text not in ("-m", "--multirun")]
     return ["-m", *options, *kept, *given.values(), f"hydra.sweep.dir={quoted(str(folder))}"]
