@@ -144,6 +144,8 @@ def read_meta(path: Path) -> dict[str, Any]:
     for name in (META, CONFIG, WEIGHTS, TOKENIZER):
         if not (path / name).exists() and not (name == WEIGHTS and (path / SHARDS).is_dir()):
             raise ElaraError(f"{path} is not a whole checkpoint: {name} is missing")
+    if (path / SHARDS).exists() and (path / WEIGHTS).exists():
+        raise ElaraError(f"{path} holds both {WEIGHTS} and {SHARDS}/: remove the one that it was not saved with")
     meta = _read_json(path / META)
     version = meta.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:

@@ -207,3 +207,10 @@ def test_links_are_swapped_and_relative(saved: Path) -> None:
     checkpoint.link(saved, name)
     checkpoint.link(saved.parent / "step-9", name)
     assert name.readlink() == Path("step-9")
+
+
+def test_shards_beside_whole_weights_are_refused(saved: Path) -> None:
+    """They would be read in their place, though nothing was saved so."""
+    shards.write(saved / "shards", make_model(seed=1).state_dict())
+    with pytest.raises(ElaraError, match=r"holds both model\.safetensors and shards/: remove the one"):
+        checkpoint.load(saved)

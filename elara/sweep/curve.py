@@ -11,7 +11,8 @@ from pathlib import Path
 class Curve:
     """Reads `metric` by step from a metrics.csv that is still being written; a look costs what was added since.
 
-    The file grows at its end, its last row may still change, and it is replaced as a whole when a column joins.
+    The file grows at its end, its last row may still change, and it is replaced as a whole when a column joins. Its
+    header tells that; its inode does not, as the new file may get that of one that was replaced before.
     """
 
     path: Path
@@ -19,6 +20,7 @@ class Curve:
     columns: list[str] = field(default_factory=list)
     values: dict[int, float] = field(default_factory=dict)  # by optimizer step
     _seen: tuple[int, int, int] = (0, 0, 0)  # inode, size and time of change at the last look
+    _header: bytes = b""
     _row: int = 0  # where the last whole row begins
 
     def read(self) -> list[tuple[int, float]]:
@@ -29,9 +31,10 @@ class Curve:
             if seen == self._seen:
                 return []
             with open(self.path, "rb") as file:
-                if state.st_ino != self._seen[0] or state.st_size < self._row:
-                    header = file.readline()
-                    self.columns, self._row = next(csv.reader([header.decode()]), []), len(header)
+                header = file.readline()
+                if header != self._header or state.st_size < self._row:
+                    self._header, self._row = header, len(header)
+                    self.columns = next(csv.reader([header.decode()]), [])
                 file.seek(self._row)
                 lines = file.read().splitlines(keepends=True)
         except FileNotFoundError:

@@ -22,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from elara import trust
 from elara.cli import config_options, fail
 from elara.errors import ElaraError, Interrupted
 from elara.launch import SIGNALS, child_environment
@@ -146,10 +147,16 @@ def rewrite(arguments: list[str]) -> list[str]:
         return arguments
     folder = newest_sweep(_name(given)) if wanted == "auto" else Path(wanted).expanduser().resolve()
     plan = read_plan(folder)
+    arguments, trusted = trust.taken(arguments)
+    given = {key: text for key, text in given.items() if key != trust.TRUST}
     if foreign := [key for key in given if not f"{key}.".startswith(("sweep.", "launcher.", "hydra.", "name."))]:
         raise ElaraError(f"sweep.resume goes on with the jobs that {folder} has: leave out {foreign[0]}=...")
     given = {key: text for key, text in given.items() if key not in ("sweep.resume", "hydra.sweep.dir", "name")}
-    kept = [text for text in [*plan.task, *plan.hydra] if key_of(text) not in {*given, "hydra.sweep.dir", "hydra.mode"}]
+    replaced = {*given, "hydra.sweep.dir", "hydra.mode"}
+    if not trusted:
+        inherited = dict.fromkeys(text for texts in (*plan.jobs, plan.hydra) for text in texts)
+        trust.check([text for text in inherited if key_of(text) not in replaced], given.values(), folder, sweep=True)
+    kept = [text for text in [*plan.task, *plan.hydra] if key_of(text) not in replaced]
     options = [text for text in arguments if not is_override(text) and text not in ("-m", "--multirun")]
     return ["-m", *options, *kept, *given.values(), f"hydra.sweep.dir={quoted(str(folder))}"]
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir, initialize_config_module
 
+from elara import trust
 from elara.errors import ElaraError
 from elara.launch import global_rank
 from elara.overrides import is_override, key_of, quoted, value_of
@@ -30,10 +31,14 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
 
     The run's saved overrides come back, those given now win; relative paths lead from the folder in which they were
     given. `auto` begins a run when there is none of that name yet.
-    Raises ElaraError when the run is finished and no larger trainer.max_steps is given, or there is no such folder.
+    Raises ElaraError when the run is finished and no larger trainer.max_steps is given, there is no such folder, or it
+    asks for what only its owner may ask for, unless `resume.trust=true` is given.
     """
+    arguments, trusted = trust.taken(arguments)
     given = {key_of(text): text for text in arguments if is_override(text)}
     wanted = value_of(given["resume"]) if "resume" in given else ""
+    if not wanted and trusted:
+        raise ElaraError(f"{trust.TRUST}=true is about a folder to go on with: give resume=<run folder> too")
     if not wanted:
         return arguments
     if {"-m", "--multirun"} & set(arguments):
@@ -51,6 +56,8 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
     saved = [_from(_began_in(run), text) for text in _saved_overrides(run)]
     _refuse_finished(run, given)
     merged = [text for text in saved if key_of(text) not in given and key_of(text) not in NOT_INHERITED]
+    if not trusted:
+        trust.check(merged, given.values(), run.path)
     merged += [_from(Path.cwd(), text) for key, text in given.items() if key not in PLACE]
     if "trainer.precision" not in {key_of(text) for text in merged} and "trainer" not in given:
         merged += _saved_precision(run)
@@ -130,4 +137,4 @@ def _saved_precision(run: Run) -> list[str]:
     except (OSError, yaml.YAMLError):
         return []  # killed before the configuration was written: nothing was computed yet
     precision = (config or {}).get("trainer", {}).get("precision")
-    return [f"trainer.precision={precision}"] if precision else []
+    return [f"trainer.precision={precision}"] if re.fullmatch(r"[\w-]+", str(precision or "")) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -44,6 +45,23 @@ def test_whenever_it_looks_it_misses_nothing(tmp_path: Path, seed: int):
                 read += curve.read()
     read += curve.read()
     assert read == written and len(read) > 5
+
+
+def test_a_file_that_is_written_anew_is_read_by_its_own_header(tmp_path: Path):
+    """A validation comes before the first log; columns join twice between two looks, and the second new file gets the
+    inode that the first one freed."""
+    file = tmp_path / "metrics.csv"
+    logger, curve = CSV(str(file)), Curve(file, METRIC)
+    logger.log_metrics({METRIC: 2.5}, 5)
+    assert curve.read() == [(5, 2.5)]
+    first = tmp_path / "first"
+    first.hardlink_to(file)
+    for step in range(10, 65, 10):
+        logger.log_metrics({METRIC: 20 / step, "train/loss": 3.0}, step)
+    first.write_bytes(file.read_bytes())
+    os.replace(first, file)
+    assert curve.read() == [(step, pytest.approx(20 / step)) for step in range(10, 65, 10)]
+    assert curve.columns == ["step", METRIC, "train/loss"]
 
 
 def test_half_a_row_waits_for_its_other_half(tmp_path: Path):
