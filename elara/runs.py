@@ -104,6 +104,11 @@ class Run:
             return bool(summary.get("finished"))
         return self.read_job().get("exit_code") == 0
 
+    @property
+    def over(self) -> bool:
+        """Whether a sweep has done with it: finished, or ended well by itself before that, as its time was up."""
+        return self.finished or self.read_job().get("exit_code") == 0
+
     def read_job(self) -> dict[str, Any]:
         """job.json, or {} where there is none."""
         return _read_json(self.job)

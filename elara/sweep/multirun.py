@@ -75,7 +75,7 @@ def execute(job: Job) -> None:
     """
     run, plan = job.run, read_plan(job.sweep)
     place = f"[{job.number + 1}/{len(plan.jobs)}] {plan.label(job.number)}"
-    if run.finished:
+    if run.over:
         _say(f"{place}: finished already")
         return
     _say(f"{place}: {'goes on from its last checkpoint' if run.checkpoints() else 'started'} in {run.path}")
@@ -168,7 +168,7 @@ def newest_sweep(name: str, root: Path | None = None) -> Path:
     root = root or sweep_root()
     for folder in sorted(file.parent for file in (root / name).glob(f"*/{MULTIRUN}"))[::-1]:
         runs = [Run(folder / str(i)) for i in range(len(read_plan(folder).jobs))]
-        if any(run.path.exists() for run in runs) and not all(run.finished for run in runs):
+        if any(run.path.exists() for run in runs) and not all(run.over for run in runs):
             return folder
     raise ElaraError(f"nothing to resume: no sweep called '{name}' under {root} has a job left to run")
 
@@ -197,7 +197,7 @@ def _finish() -> int:
     print_summary(summarize(folder))
     lock.close()
     jobs = read_plan(folder).jobs
-    failed = sum(not Run(folder / str(i)).finished for i in range(len(jobs)))
+    failed = sum(not Run(folder / str(i)).over for i in range(len(jobs)))
     if failed:
         _say(f"{failed} of {len(jobs)} jobs are not finished; run only those: {go_on(folder)}")
     return failed

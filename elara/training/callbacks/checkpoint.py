@@ -117,6 +117,11 @@ class Checkpoint(Callback):
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
+def saver_of(trainer: Trainer) -> Checkpoint | None:
+    """The callback that saves; None in a run without one."""
+    return next((c for c in trainer.callbacks if isinstance(c, Checkpoint)), None)  # type: ignore[attr-defined]
+
+
 def validation_loss(folder: Path) -> float:
     """The loss that `best` is chosen by; inf while a checkpoint has not been validated."""
     try:

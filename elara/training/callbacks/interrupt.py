@@ -16,7 +16,7 @@ from lightning import Callback, Trainer
 from elara.data.batches import Batch
 from elara.errors import Interrupted
 from elara.launch import SIGNALS, global_rank
-from elara.training.callbacks.checkpoint import Checkpoint
+from elara.training.callbacks.checkpoint import saver_of
 
 SECONDS = 2.0  # between the ranks' looks at each other, where steps are shorter
 
@@ -50,8 +50,7 @@ class Interrupt(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not module.step_ends(batch_idx) or not self._agreed(trainer):
             return
-        saver = next((c for c in trainer.callbacks if isinstance(c, Checkpoint)), None)  # type: ignore[attr-defined]
-        if saver is None:
+        if (saver := saver_of(trainer)) is None:
             raise Interrupted(f"interrupted at step {trainer.global_step}; nothing was saved (no checkpoint callback)")
         saver.save(trainer, module)
         how = f"python -m elara.train resume={shlex.quote(str(saver.run.path))}"
