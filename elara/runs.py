@@ -18,6 +18,8 @@ from elara.errors import ElaraError
 from elara.launch import STAMP
 
 LOCK = ".lock"  # held by the process that trains in a folder
+# Names under which checkpoints, links to them, and small files are written, or deleted, until they are whole or gone
+LEFTOVER = re.compile(r"\.(step-\d+|last|best)-(old-)?[0-9a-f]{8}|\.[\w-]+\.(json|csv|yaml)\.(\d+|tmp)")
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -121,6 +123,18 @@ class Run:
         """The checkpoints step-N, newest first."""
         found = [p for p in (self.path / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
         return sorted(found, key=step_of, reverse=True)
+
+
+    def remove_leftovers(self) -> None:
+        """Delete what killed processes were writing, whole checkpoints among it; only for who holds the folder."""
+        places = [self.path, self.path / "checkpoints", *self.checkpoints()]
+        for left in (path for place in places if place.is_dir() for path in place.iterdir()):
+            if not LEFTOVER.fullmatch(left.name):
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

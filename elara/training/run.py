@@ -72,6 +72,8 @@ def run(config: DictConfig) -> None:
     here = Run(Path(HydraConfig.get().runtime.output_dir))
     first = global_rank() == 0
     lock = claim(here.path) if first else None
+    if first:
+        here.remove_leftovers()
     hush()
     lightning.seed_everything(config.seed, verbose=False)
     try:
