@@ -230,10 +230,11 @@ def test_what_killed_saves_left_goes_when_the_run_goes_on_and_not_while_another_
     for folder in folders:
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half of it")
-    files = [run.path / ".summary.json.4711", checkpoints / "step-16" / ".meta.json.4711", checkpoints / ".last-0123abcd"]
-    for file in files[:2]:
+    files = [run.path / ".summary.json.4711", checkpoints / "step-16" / ".meta.json.4711"]
+    for file in files:
         file.write_text("{", "utf-8")
-    files[2].symlink_to("step-16")
+    files.append(checkpoints / ".last-0123abcd")
+    files[-1].symlink_to("step-16")
     mine = run.path / ".notes.txt"
     mine.touch()
 
