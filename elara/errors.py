@@ -10,6 +10,7 @@ from pathlib import Path
 EXIT_ERROR = 1
 EXIT_SAVED = 75  # EX_TEMPFAIL: interrupted behind a checkpoint; a scheduler may start the same command again
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+EXIT_UNREAD = 141  # what a shell reports for a program whose output nobody reads any more, as in `| head`
 
 
 class ElaraError(Exception):

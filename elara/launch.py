@@ -23,13 +23,19 @@ from elara.errors import EXIT_ERROR, EXIT_SAVED, ElaraError
 
 PARENT = "ELARA_PARENT"  # pid of the process that started this one; when it ends, this one saves and ends too
 ERRORS = "ELARA_ERRORS"  # folder where a rank leaves its one-line error for the process that speaks for all
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 POLL = 0.1  # seconds between looks at the ranks
 GRACE = 5.0  # seconds that the other ranks get to end by themselves when one has failed
 SAVING = 600.0  # seconds that a process without its parent gets to save
 STAMP = "%Y-%m-%d_%H-%M-%S"  # names of the folders of runs and sweeps
 # What tells a process its place among ranks; the jobs of a sweep start ranks of their own
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def signals() -> list[int]:
+    """The signals that ask this process to save and end; SIGHUP only where it is heard, which it is not under nohup."""
+    found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+    deaf = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in found if not (deaf and number == signal.SIGHUP)]
 
 
 def is_rank() -> bool:
@@ -219,7 +225,7 @@ def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in signals()}
     try:
         yield
     finally:

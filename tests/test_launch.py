@@ -63,18 +63,25 @@ def test_a_killed_rank_is_named_and_not_what_the_others_said_because_of_it(tmp_p
         run(tmp_path, body)
 
 
-def test_a_signal_reaches_every_rank_once_and_the_code_says_that_all_have_saved(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_every_rank_once_and_the_code_says_that_all_have_saved(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    before = lambda *_: None  # noqa: E731 - not the default: it would end the tests where nobody listens
+    usual = signal.signal(number, before)
     body = (
-        "signal.signal(signal.SIGTERM, lambda *_: (note('asked'), sys.exit(75)))\n"
+        f"signal.signal({int(number)}, lambda *_: (note('asked'), sys.exit(75)))\n"
         "note('ready')\n"
         f"while not all(open(f'{tmp_path}/{{r}}').read() == 'ready' for r in (0, 1)): time.sleep(0.01)\n"
-        "if rank == 0: os.kill(os.getppid(), signal.SIGTERM)\n"
-        "time.sleep(60)"
+        f"if rank == 0: os.kill(os.getppid(), {int(number)})\n"
+        "time.sleep(3)"
     )
-    assert run(tmp_path, body) == EXIT_SAVED
+    try:
+        assert run(tmp_path, body) == EXIT_SAVED
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, usual)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["asked", "asked"]
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_process_ends_when_the_one_that_started_it_is_gone(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from elara.cli import config_options, fail
 from elara.errors import ElaraError, Interrupted
-from elara.launch import SIGNALS, child_environment
+from elara.launch import child_environment, signals
 from elara.overrides import is_override, key_of, quoted, value_of, without
 from elara.plan import MULTIRUN, read_plan
 from elara.runs import LOCK, Run, claim, project_root, sweep_root
@@ -223,7 +223,7 @@ def _train(job: Job, arguments: list[str]) -> int:
             asked.append(number)
             process.send_signal(number)
 
-        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+        before = {number: signal.signal(number, pass_on) for number in signals()}
         try:
             assert process.stdout is not None
             for line in process.stdout:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,9 +21,11 @@ from elara import checkpoint
 from elara.errors import EXIT_SAVED
 from elara.overrides import key_of
 from elara.runs import Run
+from elara.training.callbacks import Throughput
 from elara.training.resume import rewrite
 
 ACCUMULATE = "trainer.accumulate_grad_batches=2"
+UNSEEN = ["trainer.val_check_interval=1000", "~callbacks.plots"]
 
 
 @pytest.fixture(scope="session")
@@ -199,6 +203,23 @@ def test_an_interrupt_saves_and_says_how_to_go_on(home, whole: Path, number: sig
     assert last == f"interrupted at step {step}, saved; go on with: python -m elara.train resume={run.path}"
     done = home.call(f"resume={run.path}", f"trainer.max_steps={step + 1}")
     assert done.returncode == 0 and f"going on at step {step} in" in done.stdout
+
+
+def test_a_hangup_saves_unless_it_is_ignored(home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal of a run on another machine is gone; under nohup that is no news."""
+    done = {}
+    for kind, before in (("heard", lambda *_: None), ("nohup", signal.SIG_IGN)):
+        usual = signal.signal(signal.SIGHUP, before)  # a run that did not listen would go on as well
+        hang_up = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGHUP))
+        monkeypatch.setattr(Throughput, "on_train_start", lambda *_, timer=hang_up: timer.start(), raising=False)
+        try:
+            done[kind] = home.call(*home.tiny(f"name=hangup-{kind}", "trainer.max_steps=60", *UNSEEN))
+        finally:
+            hang_up.join()
+            signal.signal(signal.SIGHUP, usual)
+    assert done["nohup"].returncode == 0, done["nohup"].stderr
+    assert done["heard"].returncode == EXIT_SAVED and "saved; go on with: python -m" in done["heard"].stderr
+    assert Run(home.only_run("hangup-heard")).last.exists()
 
 
 HOLD = """

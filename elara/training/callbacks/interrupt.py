@@ -1,7 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: finish the step, save, and say how to go on."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP: finish the step, save, and say how to go on."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ from lightning import Callback, Trainer
 
 from elara.data.batches import Batch
 from elara.errors import Interrupted
-from elara.launch import SIGNALS, global_rank
+from elara.launch import global_rank, signals
 from elara.training.callbacks.agreement import Agreement
 from elara.training.callbacks.checkpoint import saver_of
 
@@ -30,7 +31,7 @@ class Interrupt(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         # Behind Lightning, whose own SIGTERM handler would end the run between two hooks, unsaved and with exit code 0
-        for number in SIGNALS:
+        for number in signals():
             self._previous[number] = signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -41,7 +42,8 @@ class Interrupt(Callback):
             return  # a scheduler's second word, or that of a parent that has gone: saving is under way
         self._asked = True
         if global_rank() == 0:
-            os.write(2, b"\nstopping behind this step (once more: at once)\n")  # print is not safe in a signal handler
+            with contextlib.suppress(OSError):  # the terminal may be what has gone
+                os.write(2, b"\nstopping behind this step (once more: at once)\n")  # print is not safe in a handler
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not module.step_ends(batch_idx) or not self._any_rank(trainer, self._asked):
