@@ -41,9 +41,14 @@ def config_path() -> str:
 
 
 def register_resolvers() -> None:
-    """`${elara_root:}` in the config is `runs.project_root()`, `${elara_now:}` what `launch.stamp()` gives."""
+    """`${elara_root:}` in the config is `runs.project_root()`, `${elara_new:train,bee}` what `runs.new_folder` makes.
+
+    The latter is cached: one command means one folder, however often it is read.
+    """
     OmegaConf.register_new_resolver("elara_root", lambda: str(runs.project_root()), replace=True)
-    OmegaConf.register_new_resolver("elara_now", launch.stamp, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver(
+        "elara_new", lambda *parts: str(runs.new_folder(*map(str, parts))), use_cache=True, replace=True
+    )
 
 
 def hydra_main(

@@ -15,7 +15,7 @@ from typing import IO, Any
 import yaml
 
 from elara.errors import ElaraError
-from elara.launch import STAMP
+from elara.launch import STAMP, new_name
 
 LOCK = ".lock"  # held by the process that trains in a folder
 # Names under which checkpoints, links to them, and small files are written, or deleted, until they are whole or gone
@@ -176,6 +176,12 @@ def train_root() -> Path:
 
 def sweep_root() -> Path:
     return project_root() / "outputs" / "sweeps"
+
+
+def new_folder(*parts: str) -> Path:
+    """A folder outputs/<parts>/<time> that no other process has, on every rank of this one's the same."""
+    parent = project_root().joinpath("outputs", *parts)
+    return parent / new_name(parent)
 
 
 def find_runs(name: str | None = None, root: Path | None = None) -> list[Run]:
