@@ -27,7 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from elara import launch, runs
-from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, ElaraError, Interrupted
+from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_UNREAD, ElaraError, Interrupted
+from elara.output import OutputClosedError, shield
 
 Task = Callable[[DictConfig], None]
 PLUGINS = ("joblib", "submitit_local", "submitit_slurm")  # launchers that Hydra does not bring along
@@ -40,19 +41,28 @@ def config_path() -> str:
 
 
 def register_resolvers() -> None:
-    """`${elara_root:}` in the config is `runs.project_root()`, `${elara_now:}` what `launch.stamp()` gives."""
+    """`${elara_root:}` in the config is `runs.project_root()`, `${elara_new:train,bee}` what `runs.new_folder` makes.
+
+    The latter is cached: one command means one folder, however often it is read.
+    """
     OmegaConf.register_new_resolver("elara_root", lambda: str(runs.project_root()), replace=True)
-    OmegaConf.register_new_resolver("elara_now", launch.stamp, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver(
+        "elara_new", lambda *parts: str(runs.new_folder(*map(str, parts))), use_cache=True, replace=True
+    )
 
 
-def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list[str]] | None = None) -> None:
+def hydra_main(
+    config_name: str, task: Task, rewrite: Callable[[list[str]], list[str]] | None = None, *, only_prints: bool = False
+) -> None:
     """Compose `config_name` from the command line and run `task` on it.
 
-    rewrite: changes the arguments before Hydra sees them. A mistake of the user ends the process with exit code 1 and
+    rewrite: changes the arguments before Hydra sees them. only_prints: the command has nothing to do when nobody reads
+    what it prints; others go on in silence. A mistake of the user ends the process with exit code 1 and
     one line on stderr that begins with `error:`; an interrupt ends it with 75 if a checkpoint was saved, else with 130.
     """
+    shield(ends=only_prints)
     launch.watch_parent()
-    for number in launch.SIGNALS:  # until training takes over, which saves first
+    for number in launch.signals():  # until training takes over, which saves first
         signal.signal(number, signal.default_int_handler)
     register_resolvers()
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -98,6 +108,7 @@ def _remove_empty(folder: Path) -> None:
 
 def guard(main: Callable[[], None]) -> None:
     """Run a script's `main`, with one line instead of a traceback for what its user can mend."""
+    shield()
     try:
         main()
     except (ElaraError, OSError, KeyboardInterrupt) as error:
@@ -106,6 +117,8 @@ def guard(main: Callable[[], None]) -> None:
 
 def fail(error: BaseException) -> NoReturn:
     """Print one line for `error`, unless another rank speaks for this one, and end the process."""
+    if _in_chain(error, OutputClosedError) is not None:
+        raise SystemExit(EXIT_UNREAD)
     interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
     line = " ".join(explain(error).split())
     rank = launch.global_rank()

@@ -23,13 +23,19 @@ from elara.errors import EXIT_ERROR, EXIT_SAVED, ElaraError
 
 PARENT = "ELARA_PARENT"  # pid of the process that started this one; when it ends, this one saves and ends too
 ERRORS = "ELARA_ERRORS"  # folder where a rank leaves its one-line error for the process that speaks for all
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 POLL = 0.1  # seconds between looks at the ranks
 GRACE = 5.0  # seconds that the other ranks get to end by themselves when one has failed
 SAVING = 600.0  # seconds that a process without its parent gets to save
 STAMP = "%Y-%m-%d_%H-%M-%S"  # names of the folders of runs and sweeps
 # What tells a process its place among ranks; the jobs of a sweep start ranks of their own
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def signals() -> list[int]:
+    """The signals that ask this process to save and end; SIGHUP only where it is heard, which it is not under nohup."""
+    found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+    deaf = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in found if not (deaf and number == signal.SIGHUP)]
 
 
 def is_rank() -> bool:
@@ -64,21 +70,36 @@ def nodes() -> int:
     return int(os.environ.get("SLURM_NNODES", "1")) if is_slurm_task() and ERRORS not in os.environ else 1
 
 
-def stamp() -> str:
-    """The name of a run's folder: the time of its start, on every rank the same.
+def new_name(parent: Path) -> str:
+    """The name of a new folder in `parent`, on every rank the same: the time, and a number where that is taken.
 
-    torchrun's ranks hear it from the first one, through torchrun's own store; those of a SLURM step take its number.
+    The folder is made here, so that of two processes begun in the same second each has its own. torchrun's ranks hear
+    its name from the first one, through torchrun's own store; those of a SLURM step take the step's number.
     """
-    now = time.strftime(STAMP)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False)
-        key = f"elara/stamp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        key = f"elara/folder/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if global_rank() == 0:
-            store.set(key, now)
+            store.set(key, _take_name(parent))
         return str(store.get(key).decode())
-    return f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}" if is_slurm_task() else now
+    if is_slurm_task():
+        return f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    return _take_name(parent)
+
+
+def _take_name(parent: Path) -> str:
+    stamp = time.strftime(STAMP)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for name in (stamp, *(f"{stamp}-{number}" for number in range(2, 1000))):
+            with contextlib.suppress(FileExistsError):
+                (parent / name).mkdir()
+                return name
+    except OSError:
+        pass  # who writes there next meets the same, and says so
+    return stamp
 
 
 def child_environment(**more: str) -> dict[str, str]:
@@ -219,7 +240,7 @@ def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in signals()}
     try:
         yield
     finally:

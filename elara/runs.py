@@ -15,10 +15,12 @@ from typing import IO, Any
 import yaml
 
 from elara.errors import ElaraError
-from elara.launch import STAMP
+from elara.launch import STAMP, new_name
 
 LOCK = ".lock"  # held by the process that trains in a folder
 _STEP = re.compile(r"step-\d+")  # names of checkpoints
+# Names under which checkpoints, links to them, and small files are written, or deleted, until they are whole or gone
+LEFTOVER = re.compile(r"\.(step-\d+|last|best)-(old-)?[0-9a-f]{8}|\.[\w-]+\.(json|csv|yaml)\.(\d+|tmp)")
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -110,6 +112,11 @@ class Run:
             return bool(summary.get("finished"))
         return self.read_job().get("exit_code") == 0
 
+    @property
+    def over(self) -> bool:
+        """Whether a sweep has done with it: finished, or ended well by itself before that, as its time was up."""
+        return self.finished or self.read_job().get("exit_code") == 0
+
     def read_job(self) -> dict[str, Any]:
         """job.json, or {} where there is none."""
         return _read_json(self.job)
@@ -123,6 +130,17 @@ class Run:
         found = {path for path in (self.path / "checkpoints").glob("step-*") if _STEP.fullmatch(path.name)}
         found |= {followed(link) for link in (self.last, self.best) if link.is_dir()}
         return sorted(found, key=step_of, reverse=True)
+
+    def remove_leftovers(self) -> None:
+        """Delete what killed processes were writing, whole checkpoints among it; only for who holds the folder."""
+        places = [self.path, self.path / "checkpoints", *self.checkpoints()]
+        for left in (path for place in places if place.is_dir() for path in place.iterdir()):
+            if not LEFTOVER.fullmatch(left.name):
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -184,6 +202,12 @@ def train_root() -> Path:
 
 def sweep_root() -> Path:
     return project_root() / "outputs" / "sweeps"
+
+
+def new_folder(*parts: str) -> Path:
+    """A folder outputs/<parts>/<time> that no other process has, on every rank of this one's the same."""
+    parent = project_root().joinpath("outputs", *parts)
+    return parent / new_name(parent)
 
 
 def find_runs(name: str | None = None, root: Path | None = None) -> list[Run]:

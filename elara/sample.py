@@ -67,7 +67,7 @@ def sample(config: DictConfig) -> None:
 def main() -> None:
     """Console script `elara-sample`."""
     ConfigStore.instance().store(name="sample_schema", node=SampleConfig)
-    hydra_main("sample", sample)
+    hydra_main("sample", sample, only_prints=True)
 
 
 if __name__ == "__main__":

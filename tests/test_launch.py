@@ -63,18 +63,25 @@ def test_a_killed_rank_is_named_and_not_what_the_others_said_because_of_it(tmp_p
         run(tmp_path, body)
 
 
-def test_a_signal_reaches_every_rank_once_and_the_code_says_that_all_have_saved(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_every_rank_once_and_the_code_says_that_all_have_saved(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    before = lambda *_: None  # noqa: E731 - not the default: it would end the tests where nobody listens
+    usual = signal.signal(number, before)
     body = (
-        "signal.signal(signal.SIGTERM, lambda *_: (note('asked'), sys.exit(75)))\n"
+        f"signal.signal({int(number)}, lambda *_: (note('asked'), sys.exit(75)))\n"
         "note('ready')\n"
         f"while not all(open(f'{tmp_path}/{{r}}').read() == 'ready' for r in (0, 1)): time.sleep(0.01)\n"
-        "if rank == 0: os.kill(os.getppid(), signal.SIGTERM)\n"
-        "time.sleep(60)"
+        f"if rank == 0: os.kill(os.getppid(), {int(number)})\n"
+        "time.sleep(3)"
     )
-    assert run(tmp_path, body) == EXIT_SAVED
+    try:
+        assert run(tmp_path, body) == EXIT_SAVED
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, usual)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["asked", "asked"]
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_process_ends_when_the_one_that_started_it_is_gone(tmp_path: Path) -> None:
@@ -101,10 +108,33 @@ def test_a_process_ends_when_the_one_that_started_it_is_gone(tmp_path: Path) -> 
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_the_tasks_of_a_slurm_step_share_a_name_that_other_steps_do_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tasks_of_a_slurm_step_share_a_name_that_other_steps_do_not_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    assert not launch.is_rank() and launch.stamp().startswith("20")  # inside a job, but not one of several tasks
+    assert not launch.is_rank() and launch.new_name(tmp_path).startswith("20")  # inside a job, but not one of several
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "3")
     monkeypatch.setenv("SLURM_STEP_ID", "2")
-    assert launch.is_rank() and launch.global_rank() == 3 and launch.stamp() == "slurm-77.2"
+    assert launch.is_rank() and launch.global_rank() == 3 and launch.new_name(tmp_path) == "slurm-77.2"
+
+
+def test_processes_begun_in_the_same_second_take_a_folder_each(tmp_path: Path) -> None:
+    body = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from elara import launch\n"
+    body += "input(); print(*(launch.new_name(Path(sys.argv[2]) / 'bee') for _ in range(20)))"
+    command = [sys.executable, "-c", body, str(ROOT), str(tmp_path)]
+    others = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]  # fmt: skip
+    for other in others:
+        assert other.stdin is not None
+        other.stdin.write("now\n")
+        other.stdin.flush()
+    names = [name for other in others for name in other.communicate()[0].split()]
+    assert len(names) == len(set(names)) == 60
+    assert {path.name for path in (tmp_path / "bee").iterdir()} == set(names)
+
+
+def test_a_folder_that_cannot_be_made_still_has_a_name(tmp_path: Path) -> None:
+    (tmp_path / "bee").write_text("a file", "utf-8")
+    assert launch.new_name(tmp_path / "bee").startswith("20")

@@ -32,6 +32,8 @@ def converted(target: Path, get: Callable[[Path], Path], tokenizer: bytes | None
     with FileLock(target.with_name(f".{target.name}.lock")):
         if target.is_dir():  # another process was faster
             return target
+        for left in target.parent.glob(f".{target.name}-{'[0-9a-f]' * 8}"):  # of a conversion that was killed
+            shutil.rmtree(left, ignore_errors=True)
         folder = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
         try:
             (folder / "gguf").mkdir(parents=True)

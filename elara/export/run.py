@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +20,6 @@ from elara.export.reference import make_reference
 from elara.export.source import Source, file_name, open_source
 from elara.export.verify import table, verify
 from elara.export.vocabulary import vocabulary
-from elara.launch import STAMP
 
 
 def run(wanted: ExportConfig) -> Path:
@@ -80,8 +78,7 @@ def _library(named: str | None, kind: str) -> tuple[Library | None, str | None]:
 def _target(wanted: ExportConfig, source: Source, file: str) -> Path:
     """Where to write. file: the name of a GGUF file in a folder; "" for a folder."""
     if wanted.output is None:
-        stamp = time.strftime(STAMP)
-        return runs.project_root() / "outputs" / "export" / file_name(source.about.name) / stamp / file
+        return runs.new_folder("export", file_name(source.about.name)) / file
     path = Path(wanted.output).expanduser().absolute()
     if path.suffix == ".gguf" and not path.is_dir():
         if not file:

@@ -30,6 +30,8 @@ class Panel:
 
 def panels(columns: Columns) -> dict[str, list[Panel]]:
     """The diagrams that there are figures for: loss, training, experts, acceptance."""
+    # a run that went on with fewer steps keeps the names of figures that it has not come to again
+    columns = {name: values for name, values in columns.items() if np.isfinite(values).any()}
     every = {
         "loss": _loss_panels(columns),
         "training": _training_panels(columns),

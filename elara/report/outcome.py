@@ -123,7 +123,7 @@ def _bare(value: str) -> str:
 
 def _state(run: Run, job: dict[str, Any], summary: dict[str, Any]) -> State:
     code = job.get("exit_code")
-    if run.finished:
+    if run.over:
         return "finished"
     if job.get("pruned_at") is not None:
         return "pruned"

@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from elara.errors import never_fatal
 from elara.report.comparison import Comparison, Group, compare
 from elara.report.measures import MEASURES, measured, measured_of_groups, short_keys, tidy
 from elara.report.outcome import Outcome, State
@@ -159,4 +160,7 @@ def _csv(comparison: Comparison) -> str:
 def _draw(comparison: Comparison, path: Path) -> bool:
     from elara.report.sweep_figure import draw  # matplotlib takes a second to import: not before it is needed
 
-    return draw(comparison, path)
+    drawn = False
+    with never_fatal(f"drawing {path.name}"):
+        drawn = draw(comparison, path)
+    return drawn

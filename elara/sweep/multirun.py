@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from elara import trust
 from elara.cli import config_options, fail
 from elara.errors import ElaraError, Interrupted
-from elara.launch import SIGNALS, child_environment
+from elara.launch import child_environment, signals
 from elara.overrides import is_override, key_of, quoted, value_of, without
 from elara.plan import MULTIRUN, read_plan
 from elara.runs import LOCK, Run, claim, project_root, sweep_root
@@ -76,7 +76,7 @@ def execute(job: Job) -> None:
     """
     run, plan = job.run, read_plan(job.sweep)
     place = f"[{job.number + 1}/{len(plan.jobs)}] {plan.label(job.number)}"
-    if run.finished:
+    if run.over:
         _say(f"{place}: finished already")
         return
     _say(f"{place}: {'goes on from its last checkpoint' if run.checkpoints() else 'started'} in {run.path}")
@@ -175,7 +175,7 @@ def newest_sweep(name: str, root: Path | None = None) -> Path:
     root = root or sweep_root()
     for folder in sorted(file.parent for file in (root / name).glob(f"*/{MULTIRUN}"))[::-1]:
         runs = [Run(folder / str(i)) for i in range(len(read_plan(folder).jobs))]
-        if any(run.path.exists() for run in runs) and not all(run.finished for run in runs):
+        if any(run.path.exists() for run in runs) and not all(run.over for run in runs):
             return folder
     raise ElaraError(f"nothing to resume: no sweep called '{name}' under {root} has a job left to run")
 
@@ -204,7 +204,7 @@ def _finish() -> int:
     print_summary(summarize(folder))
     lock.close()
     jobs = read_plan(folder).jobs
-    failed = sum(not Run(folder / str(i)).finished for i in range(len(jobs)))
+    failed = sum(not Run(folder / str(i)).over for i in range(len(jobs)))
     if failed:
         _say(f"{failed} of {len(jobs)} jobs are not finished; run only those: {go_on(folder)}")
     return failed
@@ -230,7 +230,7 @@ def _train(job: Job, arguments: list[str]) -> int:
             asked.append(number)
             process.send_signal(number)
 
-        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+        before = {number: signal.signal(number, pass_on) for number in signals()}
         try:
             assert process.stdout is not None
             for line in process.stdout:

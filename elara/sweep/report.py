@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from elara.errors import never_fatal
 from elara.runs import write_whole
 from elara.sweep.config import SearchConfig
 from elara.sweep.importance import LEAST, Importance, importances
@@ -37,7 +38,9 @@ def write(
         write_whole(folder / "best.txt", f"# {wanted.metric} {top.value:.6g}, trial {top.number}\n{command}\n")
         told += [f"best: trial {top.number}, {wanted.metric} {top.value:.4f}", "", f"  {command}", ""]
     write_whole(folder / "summary.csv", _csv(records, wanted, space))
-    pictures = figures.draw(records, wanted, space, shares)
+    pictures: dict[str, bytes] = {}
+    with never_fatal("drawing the search's pictures"):
+        pictures = figures.draw(records, wanted, space, shares)
     for name, picture in pictures.items():
         write_whole(folder / name, picture)
     write_whole(folder / "summary.md", _markdown(records, wanted, space, fixed, shares, list(pictures)))

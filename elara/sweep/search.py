@@ -15,7 +15,7 @@ from types import FrameType
 
 from optuna.trial import Trial
 
-from elara.launch import cores
+from elara.launch import cores, signals
 from elara.runs import Run
 from elara.sweep.config import SearchConfig
 from elara.sweep.curve import Curve
@@ -185,8 +185,7 @@ class Search:
         def ask(number: int, frame: FrameType | None) -> None:
             self.signals += 1
 
-        names = ("SIGINT", "SIGTERM", "SIGHUP")
-        before = {n: signal.signal(n, ask) for name in names if (n := getattr(signal, name, None)) is not None}
+        before = {number: signal.signal(number, ask) for number in signals()}
         try:
             yield
         finally:

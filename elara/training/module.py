@@ -96,10 +96,15 @@ class ElaraModule(lightning.LightningModule):
         """Whether the figures of the step just done are to be logged."""
         return self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined,no-any-return]
 
+    @property
+    def stops(self) -> bool:
+        """Whether training ends now, because a callback asked for it and trainer.min_steps is reached."""
+        return self.trainer.should_stop and self.trainer.fit_loop._can_stop_early
+
     def validates(self, batch_idx: int) -> bool:
         """Whether a validation follows this micro-batch."""
         every = self.trainer.val_check_batch
-        due = self.trainer.should_stop or (isinstance(every, int) and (batch_idx + 1) % every == 0)
+        due = self.stops or (isinstance(every, int) and (batch_idx + 1) % every == 0)
         return self.trainer.enable_validation and due
 
     def configure_model(self) -> None:

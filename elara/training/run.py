@@ -15,6 +15,7 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -33,7 +34,8 @@ from elara.model import ElaraLM
 from elara.overrides import quoted
 from elara.runs import Run, claim, find_checkpoint, project_root, shown, write_whole
 from elara.tokenizer import Tokenizer, TokenizerConfig
-from elara.training.callbacks import Checkpoint
+from elara.training.callbacks import Checkpoint, Ending
+from elara.training.callbacks.ending import is_finished
 from elara.training.callbacks.samples import last_sample
 from elara.training.config import DistillConfig
 from elara.training.distributed import environment
@@ -45,6 +47,9 @@ from elara.training.sharding import FSDP
 from elara.training.teaching import Teaching, open_teachers
 
 GROUPS = ("model", "moe", "trm", "tidar")
+
+# Arguments of lightning.Trainer that begin the data anew or end with it, and their values without effect
+EPOCHS = {"max_epochs": -1, "min_epochs": 0, "limit_train_batches": 1.0, "overfit_batches": 0, "fast_dev_run": False}
 
 # What Lightning and torch say that is no news here
 HUSHED = (
@@ -81,6 +86,7 @@ def run(config: DictConfig) -> None:
             here.discard()  # nothing was trained: leave no empty run behind
         raise
     if first:
+        here.remove_leftovers()
         note_changes(here, settings)
         if config.resume:
             record_overrides(here)
@@ -123,6 +129,14 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     for key in ("max_steps", "val_check_interval", "accumulate_grad_batches", "num_nodes"):
         if not isinstance(trainer.get(key), int) or trainer[key] < 1:
             raise ElaraError(f"trainer.{key}={trainer.get(key)} must be a whole number of at least 1")
+    if not isinstance(trainer.get("max_time"), (str, dict, type(None))):
+        raise ElaraError(f"trainer.max_time={trainer['max_time']} must be a time as in '00:12:30:00' (days first)")
+    for key, idle in EPOCHS.items():
+        if trainer.get(key, idle) not in (None, idle):
+            raise ElaraError(
+                f"trainer.{key}={trainer[key]} counts by epochs, and the training text comes as one endless stream: "
+                f"leave it out and give trainer.max_steps, the optimizer steps of the run"
+            )
     return settings
 
 
@@ -225,9 +239,12 @@ def make_trainer(config: DictConfig, settings: Mapping[str, Any]) -> lightning.T
         callbacks=[instantiate(callback) for callback in wanted],
         plugins=environment(),
         num_nodes=settings["trainer"]["num_nodes"],
+        min_epochs=0,  # beside min_steps Lightning would take 1, of which the first one never ends
         devices=settings["trainer"].get("devices", "auto"),
         default_root_dir=HydraConfig.get().runtime.output_dir,
+        _convert_="all",  # Lightning knows no DictConfig, as of max_time={hours: 2}
     )
+    trainer.callbacks.append(Ending())  # type: ignore[attr-defined]
     return trainer
 
 
@@ -396,8 +413,9 @@ def announce(parts: Parts, here: Run, start: Start) -> None:
 
 def report(parts: Parts, here: Run) -> None:
     """What came out, where it lies, what to do next."""
-    figures = parts.module.latest
-    lines = [f"done: {parts.module.step} steps"]
+    figures, step, last = parts.module.latest, parts.module.step, parts.trainer.max_steps
+    finished = is_finished(parts.trainer, step)
+    lines = [f"done: {step} steps" if finished else f"stopped at step {step} of {last}"]
     if "val/loss_ar" in figures:
         line = f"held-out loss {figures['val/loss_ar']:.3f} nats/token"
         if "val/bits_per_char" in figures:
@@ -414,7 +432,16 @@ def report(parts: Parts, here: Run) -> None:
         prompt = "ROMEO:" if parts.data.data.source == "shakespeare" else ""
         prompt = "What is 37 times 48?" if parts.data.chat else prompt
         lines.append(f'next: python -m elara.sample checkpoint={shell(shown(here.path))} prompt="{prompt}"')
+    if not finished and here.last.exists():
+        lines.append(f"or go on: python -m elara.train resume={shell(shown(here.path))}{_more_time(parts.trainer)}")
     print("\n".join(lines), flush=True)
+
+
+def _more_time(trainer: lightning.Trainer) -> str:
+    """What a command that goes on needs beside resume, when the time of trainer.max_time is up."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    left = [seconds for timer in timers if (seconds := timer.time_remaining()) is not None]
+    return " trainer.max_time=... (more, it counts from the run's beginning)" if left and min(left) <= 0 else ""
 
 
 def shell(text: str) -> str:

@@ -52,3 +52,13 @@ def test_no_figures_yet_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("step,a\n", "utf-8")
     with pytest.raises(ElaraError, match="yet"):
         read_metrics(tmp_path / "m.csv")
+
+
+def test_columns_that_a_shorter_run_kept_without_a_value_draw_nothing(tmp_path: Path) -> None:
+    """A run that was killed before its first checkpoint and goes on with fewer steps logs only some of its figures."""
+    head, *_ = metrics(tmp_path / "m.csv", moe=True, tidar=True).read_text("utf-8").splitlines()
+    values = {"step": "1", "train/tokens_per_second": "100.0"}
+    row = ",".join(values.get(name, "") for name in head.split(","))
+    (tmp_path / "m.csv").write_text(f"{head}\n{row}\n", "utf-8")
+    drawn = draw_all(tmp_path / "m.csv", tmp_path / "plots", "a run")
+    assert {path.stem for path in drawn} == {"training"}

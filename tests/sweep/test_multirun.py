@@ -14,6 +14,7 @@ import yaml
 
 from elara.errors import EXIT_SAVED, ElaraError
 from elara.plan import read_plan
+from elara.report.outcome import read_outcome
 from elara.runs import Run
 from elara.sweep.multirun import newest_sweep, rewrite
 from tests.conftest import alive, descendants
@@ -75,6 +76,20 @@ def test_auto_takes_the_newest_sweep_with_a_job_left(tmp_path: Path) -> None:
     finish(tmp_path / "bee" / "1" / "0")
     finish(tmp_path / "bee" / "1" / "1")
     with pytest.raises(ElaraError, match=r"no sweep called 'bee' under .* has a job left to run"):
+        newest_sweep("bee", tmp_path)
+
+
+def test_a_job_whose_time_was_up_is_over_and_one_that_was_interrupted_is_not(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "bee" / "1", ["seed=1,2"])
+    for i, code in enumerate((0, EXIT_SAVED)):
+        run = Run(folder / str(i))
+        run.path.mkdir()
+        run.summary.write_text(json.dumps({"finished": False, "steps": 7}), "utf-8")
+        run.job.write_text(json.dumps({"exit_code": code}), "utf-8")
+    assert newest_sweep("bee", tmp_path) == folder
+    assert [read_outcome(Run(folder / str(i))).state for i in range(2)] == ["finished", "failed"]
+    Run(folder / "1").job.write_text(json.dumps({"exit_code": 0}), "utf-8")
+    with pytest.raises(ElaraError, match="has a job left to run"):
         newest_sweep("bee", tmp_path)
 
 

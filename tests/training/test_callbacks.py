@@ -7,6 +7,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from elara.training.callbacks.exact_resume import random_state, set_random_state
 from elara.training.callbacks.progress import figures_line
 from elara.training.callbacks.samples import last_sample, write_samples
 from elara.training.callbacks.throughput import flops_per_token, peak_flops
+from elara.training.loggers import Monitor
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +96,48 @@ def test_a_run_without_callbacks_leaves_only_its_figures(home) -> None:
     assert done.returncode == 0, done.stderr
     run = Run(home.only_run("bare"))
     assert run.metrics.exists() and not run.checkpoints() and not run.summary.exists()
+
+
+class Broken(Monitor):
+    """Takes figures, and fails at everything that only shows them."""
+
+    name, version, checkpoints = "broken", "0", "all"
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_facts(self, facts: Any) -> None: ...
+
+    def log_picture(self, *args: Any) -> None:
+        raise OSError("no server")
+
+    def log_samples(self, *args: Any) -> None:
+        raise OSError("no server")
+
+    def log_best(self, *args: Any) -> None:
+        raise OSError("no server")
+
+    def log_checkpoint(self, *args: Any) -> None:
+        raise OSError("no server")
+
+
+def test_no_report_fails_a_run(home) -> None:
+    options = ["+logger.broken._target_=tests.training.test_callbacks.Broken", "trainer.max_steps=8"]
+    done = home.call(*home.tiny("name=unshown", *options))
+    assert done.returncode == 0, done.stderr
+    run = Run(home.only_run("unshown"))
+    assert run.finished and "done: 8 steps" in done.stdout and done.stderr == ""
+    for what in ("writing samples", "drawing pictures of the experts", "handing over the best figures",
+                 "handing over the checkpoint step-8"):  # fmt: skip
+        assert done.stdout.count(f"note: {what} failed, the run goes on without: ") == 1, what
+    assert "OSError at test_callbacks.py" in done.stdout
+
+    run.plots.rename(run.path / "moved")
+    run.plots.write_text("in the way", "utf-8")
+    done = home.call(f"resume={run.path}", "trainer.max_steps=9", *options[:1])
+    assert done.returncode == 0, done.stderr
+    assert "note: drawing the run's pictures failed" in done.stdout and run.read_summary()["steps"] == 9
 
 
 def test_random_states_come_back_through_json_like_values() -> None:

@@ -180,6 +180,18 @@ def test_ranks_save_and_end_when_the_process_that_started_them_is_killed(home) -
     assert checkpoint.read_meta(run.last)["step"] > 3
 
 
+def test_ranks_save_together_by_the_first_ones_clock_and_end_together_when_the_time_is_up(home) -> None:
+    often = ["callbacks.checkpoint.every_minutes=1e-4", "callbacks.checkpoint.keep=1000"]
+    endless = home.tiny("name=ddp-clock", *DDP, *QUIET, "trainer.max_steps=100000", "trainer.val_check_interval=100000")
+    done = home.run(*endless, *often, "trainer.max_time={seconds: 3}", "trainer.accumulate_grad_batches=2")
+    assert done.returncode == 0, done.stderr
+    run = Run(home.only_run("ddp-clock"))
+    last, *saved = (checkpoint.read_meta(path)["step"] for path in run.checkpoints())
+    assert saved and not run.finished and f"stopped at step {last} of 100000" in done.stdout
+    done = home.run(f"resume={run.path}", "trainer.max_time=null", f"trainer.max_steps={last + 2}")
+    assert done.returncode == 0 and f"going on at step {last} in" in done.stdout, done.stderr
+
+
 def test_gradients_are_reduced_once_per_optimizer_step(home) -> None:
     profiled = ["profiler=torch", "profiler.wait=3", "profiler.steps=4", "trainer.accumulate_grad_batches=4"]
     done = home.run("name=reduced", *home.tiny(*DDP, *QUIET, *profiled, "trainer.max_steps=8"))

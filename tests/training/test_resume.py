@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from elara import checkpoint
 from elara.errors import EXIT_SAVED
 from elara.overrides import key_of
 from elara.runs import Run, find_checkpoint
+from elara.training.callbacks import Throughput
 from elara.training.resume import rewrite
 from elara.training.schedules import wsd
 
 ACCUMULATE = "trainer.accumulate_grad_batches=2"
+UNSEEN = ["trainer.val_check_interval=1000", "~callbacks.plots"]
 
 
 def some_slow(*values: str) -> list[Any]:
@@ -75,6 +79,26 @@ def test_two_processes_resume_exactly_too(home) -> None:
     time.sleep(8)  # the other rank notices, and leaves
     assert home.run("resume=auto", "name=ddp-killed").returncode == 0
     same_run(home, run, home.only_run("ddp"))
+
+
+def test_saving_by_the_clock_changes_nothing_and_what_it_saved_goes_on_exactly(home, whole: Path) -> None:
+    often = ["callbacks.checkpoint.every_minutes=1e-4", "callbacks.checkpoint.keep=30"]
+    done = home.call(*home.tiny("name=by-the-clock", ACCUMULATE, *often))
+    assert done.returncode == 0, done.stderr
+    run = home.only_run("by-the-clock")
+    saved = {path.name for path in Run(run).checkpoints()}
+    assert {"step-11", "step-13"} <= saved, "between validations, every 8 steps"
+    same_run(home, run, whole)
+
+    killed = copy_as_killed(run, "by-the-clock-killed", step=13)
+    done = home.call(f"resume={killed}")
+    assert done.returncode == 0 and "going on at step 13 in" in done.stdout, done.stderr
+    same_run(home, killed, whole)
+
+
+def test_minutes_between_saves_must_be_some(home) -> None:
+    done = home.call(*home.tiny("name=never", "callbacks.checkpoint.every_minutes=0"))
+    assert done.returncode == 1 and "callbacks.checkpoint.every_minutes=0 must be above 0" in done.stderr
 
 
 def test_validating_and_sampling_leave_no_trace_in_training(home, whole: Path) -> None:
@@ -372,6 +396,21 @@ def test_a_copied_run_goes_on_and_is_found(home, whole: Path, kind: str) -> None
     assert done.returncode == 0, done.stderr
     same_run(home, run.path, whole)
     assert all(re.fullmatch(r"step-\d+|last|best", path.name) for path in run.last.parent.iterdir())
+def test_a_hangup_saves_unless_it_is_ignored(home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal of a run on another machine is gone; under nohup that is no news."""
+    done = {}
+    for kind, before in (("heard", lambda *_: None), ("nohup", signal.SIG_IGN)):
+        usual = signal.signal(signal.SIGHUP, before)  # a run that did not listen would go on as well
+        hang_up = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGHUP))
+        monkeypatch.setattr(Throughput, "on_train_start", lambda *_, timer=hang_up: timer.start(), raising=False)
+        try:
+            done[kind] = home.call(*home.tiny(f"name=hangup-{kind}", "trainer.max_steps=60", *UNSEEN))
+        finally:
+            hang_up.join()
+            signal.signal(signal.SIGHUP, usual)
+    assert done["nohup"].returncode == 0, done["nohup"].stderr
+    assert done["heard"].returncode == EXIT_SAVED and "saved; go on with: python -m" in done["heard"].stderr
+    assert Run(home.only_run("hangup-heard")).last.exists()
 
 
 HOLD = """
@@ -394,6 +433,35 @@ def test_two_processes_cannot_train_in_one_folder(home, whole: Path) -> None:
         assert traces(folder) == before
         other.kill()
     assert done.returncode == 1 and "another process is training in" in done.stderr
+
+
+def test_what_killed_saves_left_goes_when_the_run_goes_on_and_not_while_another_process_trains(
+    home, whole: Path
+) -> None:
+    run = Run(copy_as_killed(whole, "left-over", step=16))
+    checkpoints = run.path / "checkpoints"
+    folders = [checkpoints / ".step-24-0123abcd", checkpoints / ".step-8-old-0123abcd"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half of it")
+    files = [run.path / ".summary.json.4711", checkpoints / "step-16" / ".meta.json.4711"]
+    for file in files:
+        file.write_text("{", "utf-8")
+    files.append(checkpoints / ".last-0123abcd")
+    files[-1].symlink_to("step-16")
+    mine = run.path / ".notes.txt"
+    mine.touch()
+
+    command = [sys.executable, "-c", HOLD, str(run.path)]
+    with subprocess.Popen(command, env=home.env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        assert home.call(f"resume={run.path}").returncode == 1
+        other.kill()
+    assert all(path.is_symlink() or path.exists() for path in (*folders, *files))
+    done = home.call(f"resume={run.path}")
+    assert done.returncode == 0, done.stderr
+    assert not any(path.is_symlink() or path.exists() for path in (*folders, *files)) and mine.exists()
+    same_run(home, run.path, whole)
 
 
 def test_the_trainers_state_holds_no_weights_and_only_plain_values(whole: Path) -> None:

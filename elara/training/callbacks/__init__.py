@@ -2,6 +2,7 @@
 
 from elara.training.callbacks.acceptance import Acceptance
 from elara.training.callbacks.checkpoint import Checkpoint
+from elara.training.callbacks.ending import Ending
 from elara.training.callbacks.exact_resume import ExactResume
 from elara.training.callbacks.interrupt import Interrupt
 from elara.training.callbacks.metrics import Metrics
@@ -16,6 +17,7 @@ from elara.training.callbacks.throughput import Throughput
 __all__ = [
     "Acceptance",
     "Checkpoint",
+    "Ending",
     "ExactResume",
     "Interrupt",
     "Metrics",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from elara.data.batches import Batch
 from elara.decoding import SamplingConfig, measure_acceptance, writable
+from elara.errors import never_fatal
 from elara.training.sharding import gathered
 
 
@@ -43,7 +44,8 @@ class Acceptance(Callback):
             return
         with gathered(module.model):
             if trainer.is_global_zero:
-                self._measure(module, self._batch)
+                with never_fatal("measuring the acceptance of drafts"):
+                    self._measure(module, self._batch)
 
     def _measure(self, module: Any, batch: Tensor) -> None:
         model = module.model

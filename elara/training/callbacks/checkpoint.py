@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,37 +18,53 @@ from elara.data.batches import Batch
 from elara.data.identity import identity
 from elara.errors import ElaraError
 from elara.runs import Run, step_of
+from elara.training.callbacks.agreement import Agreement
 
 BEST_BY = "val/loss_ar"
+LOOKS = 50  # of several ranks at the clock, within every_minutes
 
 
 class Checkpoint(Callback):
-    """Saves before every validation, and every `every_n_steps` steps if that is given.
+    """Saves before every validation, and in between every `every_minutes` and `every_n_steps` where these are given.
 
     A save precedes its validation, so that a crash in the latter costs nothing; its figures join meta.json afterwards.
 
     Args:
         folder: the run folder.
-        every_n_steps: optimizer steps between further saves; None: only where a validation follows.
+        every_n_steps: optimizer steps between further saves; None: no matter how many.
+        every_minutes: what a run that is killed may lose, as the first rank's clock has it; None: no matter how long.
         keep: newest checkpoints to keep beside the best one; older ones are deleted.
         parent: checkpoint this run started from, for meta.json.
     """
 
-    def __init__(self, folder: str, every_n_steps: int | None = None, keep: int = 2, parent: str | None = None) -> None:
+    def __init__(
+        self, folder: str, every_n_steps: int | None = None, every_minutes: float | None = None, keep: int = 2,
+        parent: str | None = None,
+    ) -> None:  # fmt: skip
         if keep < 1 or (every_n_steps is not None and every_n_steps < 1):
             raise ElaraError("callbacks.checkpoint: keep and every_n_steps must be at least 1")
+        if every_minutes is not None and not every_minutes > 0:
+            raise ElaraError(f"callbacks.checkpoint.every_minutes={every_minutes} must be above 0, or null for none")
         self.run = Run(Path(folder))
+        self.every_minutes = math.inf if every_minutes is None else every_minutes
+        self._saved_at = math.inf  # seconds of the clock
+        self._time_is_up = Agreement(60 * self.every_minutes / LOOKS, most=1000)
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.parent = parent
         self.saved_step = -1
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not module.step_ends(batch_idx):
             return
         regular = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         final = trainer.global_step == trainer.max_steps
-        if regular or final or module.validates(batch_idx):
+        late = trainer.is_global_zero and time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        timely = self.every_minutes < math.inf and self._time_is_up(trainer, late)
+        if regular or timely or final or module.validates(batch_idx):
             self.save(trainer, module, validation_due=module.validates(batch_idx))
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
@@ -99,6 +116,7 @@ class Checkpoint(Callback):
             meta["chat"] = True  # exports carry the chat template, and elara.sample asks instead of continuing
         checkpoint.save(folder, module.model, module.tokenizer, meta=meta, trainer_state=trainer_state)
         checkpoint.link(folder, self.run.last)
+        self._saved_at = time.monotonic()
         self._prune()
 
     def _choose_best(self) -> None:
@@ -116,6 +134,11 @@ class Checkpoint(Callback):
                 doomed = folder.with_name(f".{folder.name}-old-{uuid.uuid4().hex[:8]}")
                 folder.rename(doomed)  # a half-deleted folder must not look like a checkpoint
                 shutil.rmtree(doomed, ignore_errors=True)
+
+
+def saver_of(trainer: Trainer) -> Checkpoint | None:
+    """The callback that saves; None in a run without one."""
+    return next((c for c in trainer.callbacks if isinstance(c, Checkpoint)), None)  # type: ignore[attr-defined]
 
 
 def validation_loss(folder: Path) -> float:

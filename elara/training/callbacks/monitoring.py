@@ -10,7 +10,7 @@ import numpy as np
 from lightning import Callback, Trainer
 from numpy.typing import NDArray
 
-from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, Interrupted
+from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, Interrupted, never_fatal
 from elara.report.metrics import points, read_metrics
 from elara.runs import Run, followed
 from elara.size import count_parameters
@@ -61,22 +61,27 @@ class Monitoring(Callback):
         if not self._monitors:
             return
         if time.monotonic() >= self._due and self.run.metrics.exists():
-            self._draw(module.step)
+            with never_fatal("drawing pictures of the experts"):
+                self._draw(module.step)
         folder = self.run.path / "checkpoints" / f"step-{module.step}"
         if folder.is_dir():
             best = ["best"] if followed(self.run.best) == folder else []
-            self._keep(folder, "all", best)
+            with never_fatal(f"handing over the checkpoint {folder.name}"):
+                self._keep(folder, "all", best)
         for monitor in self._monitors:
             monitor.save()  # the checkpoint lies before this validation: it is not going to be repeated
 
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
         if self._monitors and self.run.metrics.exists():
             if self._drawn != module.step:
-                self._draw(module.step)
-            for monitor in self._monitors:
-                monitor.log_best(self._lowest())
+                with never_fatal("drawing pictures of the experts"):
+                    self._draw(module.step)
+            with never_fatal("handing over the best figures"):
+                for monitor in self._monitors:
+                    monitor.log_best(self._lowest())
         if self.run.best.exists():
-            self._keep(followed(self.run.best), "best", ["best"])
+            with never_fatal("handing over the best checkpoint"):
+                self._keep(followed(self.run.best), "best", ["best"])
         for monitor in self._monitors:
             print(monitor.hint, flush=True)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
+from elara.errors import never_fatal
 from elara.runs import Run
 
 
@@ -20,6 +21,7 @@ class Plots(Callback):
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
         if not trainer.is_global_zero or not self.run.metrics.exists():
             return
-        from elara.report.figures import draw_all  # matplotlib takes a second to import: not before it is needed
+        with never_fatal("drawing the run's pictures"):
+            from elara.report.figures import draw_all  # matplotlib takes a second to import: not before it is needed
 
-        draw_all(self.run.metrics, self.run.plots, self.title)
+            draw_all(self.run.metrics, self.run.plots, self.title)

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from elara.data.batches import Batch
 from elara.device import device_name
-from elara.errors import ElaraError
+from elara.errors import ElaraError, never_fatal
 from elara.training import profiling
 
 
@@ -75,13 +75,14 @@ class StepProfiler(Callback):
         self._ranges.close()
         self._profile.stop()
         found, self._profile, self._done = self._profile, None, True
-        self.path.mkdir(parents=True, exist_ok=True)
-        found.export_chrome_trace(str(self.path / "trace.json.gz"))
         on = f"{device_name(module.device)}, {trainer.precision}"
         if module.device.type == "cpu":
             on += f", threads: {torch.get_num_threads()}"
         plain = statistics.median(self._plain)
-        profiling.write(profiling.measured(found.events(), steps, self._first, seconds, plain, on), self.path)
+        with never_fatal("writing the profile"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            found.export_chrome_trace(str(self.path / "trace.json.gz"))
+            profiling.write(profiling.measured(found.events(), steps, self._first, seconds, plain, on), self.path)
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         if not trainer.is_global_zero:

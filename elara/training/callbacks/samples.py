@@ -11,6 +11,7 @@ from lightning import Callback, Trainer
 from elara.data.batches import Batch
 from elara.data.conversation import Conversation
 from elara.decoding import SamplingConfig, complete
+from elara.errors import never_fatal
 from elara.runs import Run
 from elara.training.loggers import Monitor
 from elara.training.sharding import gathered
@@ -58,7 +59,8 @@ class Samples(Callback):
             return
         with gathered(module.model):
             if trainer.is_global_zero:
-                self._write(trainer, module)
+                with never_fatal("writing samples"):
+                    self._write(trainer, module)
 
     def _write(self, trainer: Trainer, module: Any) -> None:
         chat = trainer.datamodule.chat  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from lightning import Callback, Trainer
 from elara.checkpoint import write_json
 from elara.device import device_name
 from elara.runs import CHECKOUT, Run
+from elara.training.callbacks.ending import is_finished
 
 PACKAGES = (
     "elara-hivemind",
@@ -32,7 +33,7 @@ PACKAGES = (
 
 
 class Summary(Callback):
-    """Written when training starts, with `finished: false`, and again when it ends.
+    """Written when training starts, with `finished: false`, and again when it ends, wherever that is.
 
     Wall time adds up over resumes; the part between the last checkpoint and a crash is not in it.
     """
@@ -41,6 +42,7 @@ class Summary(Callback):
         self.run = Run(Path(folder))
         self._began = time.monotonic()
         self._before = 0.0
+        self._trained = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"wall_seconds": self._wall()}
@@ -51,8 +53,12 @@ class Summary(Callback):
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self._write(trainer, module, finished=False)
 
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+        self._trained = True
+
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
-        self._write(trainer, module, finished=True)
+        if self._trained:  # else its time was up before it began, and what it wrote the last time holds
+            self._write(trainer, module, finished=is_finished(trainer, module.step))
 
     def _wall(self) -> float:
         return self._before + time.monotonic() - self._began
