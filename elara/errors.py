@@ -1,5 +1,10 @@
 """The one exception family for mistakes that the user can mend, and the exit codes of the commands."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_ERROR = 1
 EXIT_SAVED = 75  # EX_TEMPFAIL: interrupted behind a checkpoint; a scheduler may start the same command again
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -7,6 +12,25 @@ EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 class ElaraError(Exception):
     """Bad input or state: one sentence that says what was wrong and what to do next."""
+
+
+class NotFinite(ElaraError):
+    """A model whose weights are, or whose forward gives, what is no number: nan or infinite.
+
+    What knows tensors only raises it; whoever knows where the model came from puts that in front with `naming`.
+    """
+
+    def __init__(self, message: str = "the model computes nan or infinite numbers: take an earlier checkpoint") -> None:
+        super().__init__(message)
+
+
+@contextmanager
+def naming(model: object) -> Iterator[None]:
+    """Say of which model a `NotFinite` is, as its message's first words."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"{model}: {error}") from error
 
 
 class Interrupted(ElaraError):

@@ -272,9 +272,12 @@ def load_weights(path: Path, parts: Parts) -> dict[str, Any]:
     meta, module = checkpoint.read_meta(path), parts.module
     tokenizers.check_fingerprint(module.tokenizer.fingerprint, meta["tokenizer"], "the data's tokenizer")
     if elsewhere(parts.trainer):
-        checkpoint.verify_weights(path, meta)  # as rank 0 does: all must agree where to go on
+        weights = checkpoint.Weights(path, meta, module.model.config)  # as rank 0 does: all must agree where to go on
+        for name in weights.shapes:
+            weights.read(name)
         return meta
     state: dict[str, Tensor] = checkpoint.read_weights(path, meta)
+    checkpoint.check_finite(path, state)
     checkpoint.fit(path, state, module.model)
     module.model.load_state_dict(state)
     return meta

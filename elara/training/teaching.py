@@ -17,7 +17,7 @@ from elara.backends.elara import Elara
 from elara.data.batches import PADDING, Batch
 from elara.data.opinions import StoredOpinion
 from elara.decoding import SamplingConfig, generate, writable
-from elara.errors import ElaraError
+from elara.errors import ElaraError, NotFinite
 from elara.model import ElaraLM
 from elara.tokenizer import Tokenizer
 from elara.training.config import DistillConfig
@@ -38,6 +38,7 @@ class Teacher:
     backend: Backend
     student: Tokenizer
     projection: Projection | None = None
+    broken: Tensor | None = None  # whether it ever said what is no number; on the device, where nobody waits for it
 
     def opinion(self, rows: Tensor, settings: DistillConfig) -> StoredOpinion:
         """Behind every token of `rows`, int64 (batch, seq), PADDING behind an end; nothing follows the last one."""
@@ -57,6 +58,19 @@ class Teacher:
             raise BackendError(error.kind, f"teachers.{self.name}: {error} ({how})") from error
         order = torch.cat([places[other], places[~other]]).argsort()
         return StoredOpinion(*(torch.cat(values)[order] for values in zip(*parts, strict=True)))
+
+    def watch(self, said: StoredOpinion) -> None:
+        """Remember, for `check`, whether what it says of a batch is nan."""
+        broken = said.logprobs.isnan().any()
+        self.broken = broken if self.broken is None else self.broken | broken
+
+    def check(self) -> None:
+        """Raise NotFinite when anything that was watched is nan; waits for the device."""
+        if self.broken is not None and bool(self.broken):
+            raise NotFinite(
+                f"teachers.{self.name} says nan instead of log-probabilities: its model is damaged, or another "
+                "backend.dtype may help"
+            )
 
     def note(self, conversations: bool) -> str | None:
         """What a user should know about how it reads; None when it reads as the student does."""
@@ -92,9 +106,16 @@ class Teaching:
         names = [teacher.name for teacher in self.teachers]
         return names + [f"{name}_diffusion" for name in names if drafts and self.settings.diffusion]
 
+    def check(self) -> None:
+        """Raise NotFinite, naming the teacher, when one said what is no number; waits for the device."""
+        for teacher in self.teachers:
+            teacher.check()
+
     def lesson(self, batch: Batch) -> Lesson:
         """What is to be learned about a batch; with the text's own loss, unless the student wrote it."""
         said = list(batch.opinions) or self._ask(batch.tokens)
+        for teacher, each in zip(self.teachers, said, strict=True):
+            teacher.watch(each)
         settings = self.settings
         shares = self._shares(said, batch)
         opinions = [
