@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from elara.data.opinions import StoredOpinion
 from elara.decoding import SamplingConfig, generate, writable
 from elara.errors import ElaraError, NotFinite
 from elara.model import ElaraLM
+from elara.ranges import check_ranges
 from elara.tokenizer import Tokenizer
 from elara.training.config import DistillConfig
 from elara.training.divergence import KINDS
@@ -170,14 +171,7 @@ def check(settings: DistillConfig) -> None:
     for key, choices in (("divergence", KINDS), ("choice", CHOICES), ("opinions", OPINIONS)):
         if (value := getattr(settings, key)) not in choices:
             raise ElaraError(f"distill.{key}={value} is unknown: use {', '.join(choices)}")
-    if not 0 <= settings.weight <= 1:
-        raise ElaraError(f"distill.weight={settings.weight} must be between 0 and 1")
-    if not 0 < settings.temperature < math.inf:
-        raise ElaraError(f"distill.temperature={settings.temperature} must be above 0")
-    if not 0 <= settings.on_policy <= 1:
-        raise ElaraError(f"distill.on_policy={settings.on_policy} must be between 0 and 1")
-    if settings.top_k < 1 or settings.context < 8:
-        raise ElaraError(f"distill.top_k={settings.top_k} must be at least 1, distill.context={settings.context} 8")
+    check_ranges({"distill": asdict(settings)})
 
 
 def open_teachers(
