@@ -6,6 +6,7 @@ RUN ?= elara
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
 CORE := .venv/.core
+MADE := .venv/.made
 DEV := .venv/.dev
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
@@ -84,24 +85,31 @@ counterparts:
 lint: $(DEV) ## ruff, mypy and the rules of import
 	@$(PY) -m ruff check
 	@$(PY) -m mypy
-	@.venv/bin/lint-imports --no-logo
+	@$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-logo
 
 clean: ## remove caches and build products (data/ and outputs/ stay)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage *.egg-info
 	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv and what make counterparts installed as well
-	@rm -rf .venv .counterparts
+distclean: clean ## remove what make counterparts installed, and .venv if make made it, as well
+	@rm -rf .counterparts
+	@if [ "$$(cat $(MADE) 2>/dev/null)" = "$(CURDIR)" ]; then rm -rf .venv; \
+	elif [ -e .venv ]; then echo "note: .venv stays: make did not make it in this folder" >&2; fi
 
-# The stamp is written last and names this folder: an interrupted installation and a copied checkout start over, a
-# changed pyproject.toml or constraints.txt is brought up to date in place. Torch comes first, by its exact version,
-# so that pip never weighs other builds of it.
+# The stamp is written last and names this folder: an interrupted installation and a copied checkout are installed anew,
+# a changed pyproject.toml or constraints.txt is brought up to date in place. Torch comes first, by its exact version,
+# so that pip never weighs other builds of it. A .venv of somebody else's is used if it works, and never deleted: only
+# what $(MADE), written first, says to be of make's own making in this folder is replaced when it does not work.
 ifneq "$(shell cat $(CORE) 2>/dev/null)" "$(CURDIR)"
 $(CORE): force
 endif
 
 $(CORE): pyproject.toml constraints.txt
-	@if [ "$$(cat $@ 2>/dev/null)" != "$(CURDIR)" ] || ! $(PY) -c '' 2>/dev/null; then \
+	@if ! $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11) or sys.prefix == sys.base_prefix)' 2>/dev/null; then \
+	    if { [ -e .venv ] || [ -L .venv ]; } && [ "$$(cat $(MADE) 2>/dev/null)" != "$(CURDIR)" ]; then \
+	        echo "error: .venv was not made by make and is no environment of Python >= 3.11 with pip that works: move it away, and make makes another one" >&2; \
+	        exit 1; \
+	    fi; \
 	    for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
 	        "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
 	        python=; \
@@ -111,7 +119,7 @@ $(CORE): pyproject.toml constraints.txt
 	        exit 1; \
 	    fi; \
 	    echo "Making .venv with $$("$$python" --version) ..."; \
-	    rm -rf .venv && "$$python" -m venv .venv; \
+	    rm -rf .venv && mkdir .venv && echo "$(CURDIR)" > $(MADE) && "$$python" -m venv .venv; \
 	fi
 	@echo "Installing PyTorch, the largest download ..."
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"

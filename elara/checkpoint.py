@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from elara import shards
 from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
-from elara.errors import ElaraError
+from elara.errors import ElaraError, NotFinite
 from elara.model import ElaraLM, convert
 from elara.runs import followed, step_of, write_whole
 from elara.tokenizer import Tokenizer
@@ -47,12 +47,14 @@ TRAINING_ONLY = frozenset(
 
 @dataclass
 class Loaded:
-    """A checkpoint in memory. meta: format_version, step, run, parent and what else `save` was given."""
+    """A checkpoint in memory. meta: format_version, step, run, parent and what else `save` was given. path: its folder,
+    for messages."""
 
     model: ElaraLM
     tokenizer: Tokenizer
     config: ElaraConfig
     meta: dict[str, Any]
+    path: Path | None = None
 
 
 def save(
@@ -129,7 +131,7 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", precision: str
             part.load_state_dict({key: _apart(v.to(device)) for key, v in mine.items()}, assign=True)
 
         convert(model, precision, fill)
-    return Loaded(model, read_tokenizer(path, meta), config, meta)
+    return Loaded(model, read_tokenizer(path, meta), config, meta, path)
 
 
 def _apart(value: Tensor) -> Tensor:
@@ -180,13 +182,14 @@ class Weights:
     """The weights of a checkpoint folder one by one, so that they need not fit into memory together.
 
     shapes: of all of them, by name. Checksums are compared once, at the start. Raises ElaraError as `read_weights`
-    does, and when the weights are not those of `config`.
+    does, and when the weights are not those of `config`; NotFinite when one is read that is nan or infinite.
     """
 
     def __init__(self, path: Path, meta: Mapping[str, Any], config: ElaraConfig) -> None:
         verify_weights(path, meta)
         self._path, self._config, self._last = path, config, ("", torch.empty(0))
         self._mapped: Any = None
+        self._finite: set[str] = set()  # names of those that were looked through
         if (path / SHARDS).is_dir():
             self.shapes = shards.shapes(path / SHARDS)
         else:
@@ -201,6 +204,13 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """One weight; of model.safetensors a view of the mapped file, of shards/ a copy, and the last one is kept."""
+        value = self._read(name)
+        if name not in self._finite:
+            check_finite(self._path, {name: value})
+            self._finite.add(name)
+        return value
+
+    def _read(self, name: str) -> Tensor:
         if self._mapped is not None:
             value: Tensor = self._mapped.get_tensor(name)
             return value
@@ -266,6 +276,21 @@ def fit(path: Path, state: dict[str, Tensor], model: ElaraLM) -> None:
             raise ElaraError(f"{path} does not fit this model: '{name}' is {have} there and {want} here")
     if extra := sorted(set(state) - set(wanted)):
         raise ElaraError(f"{path} does not fit this model: it also has '{extra[0]}'")
+
+
+def is_finite(value: Tensor) -> Tensor:
+    """Whether every number of a tensor is finite, as a boolean scalar on its device; makes no copy."""
+    if not value.numel() or not value.is_floating_point():
+        return torch.ones((), dtype=torch.bool, device=value.device)
+    low, high = value.aminmax()
+    return low.isfinite() & high.isfinite()
+
+
+def check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise NotFinite naming the first weight of a checkpoint in which a number is nan or infinite."""
+    for name, value in state.items():
+        if not is_finite(value):
+            raise NotFinite(f"{path}: '{name}' is nan or infinite in places: take an earlier checkpoint")
 
 
 def same_architecture(path: Path, saved: ElaraConfig, wanted: ElaraConfig) -> None:

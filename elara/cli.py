@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from elara import launch, runs
 from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_UNREAD, ElaraError, Interrupted
 from elara.output import OutputClosedError, shield
+from elara.ranges import check_ranges
 
 Task = Callable[[DictConfig], None]
 PLUGINS = ("joblib", "submitit_local", "submitit_slurm")  # launchers that Hydra does not bring along
@@ -72,6 +73,8 @@ def hydra_main(
         if not full_error:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         try:
+            if config_name != "train":  # that one checks inside, where what is refused leaves no trace
+                check_numbers(config)
             task(config)
         except (Exception, KeyboardInterrupt) as error:
             if full_error:
@@ -91,6 +94,13 @@ def hydra_main(
         if full_error:
             raise
         fail(error)
+
+
+def check_numbers(config: DictConfig) -> None:
+    """Raise ElaraError for a number of the configuration that is not finite or outside of `elara.ranges`."""
+    settings = OmegaConf.to_container(config)
+    assert isinstance(settings, dict)
+    check_ranges({str(key): value for key, value in settings.items()})
 
 
 def config_options() -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from elara.errors import ElaraError
+from elara.ranges import check_ranges
 
 
 @dataclass
@@ -137,7 +138,6 @@ def _check(config: ElaraConfig) -> None:
         (m.n_head > 0 and m.n_embd % (2 * m.n_head) == 0,
          f"model.n_embd={m.n_embd} must be a multiple of 2 * model.n_head={2 * m.n_head}"),
         (heads > 0 and m.n_head % heads == 0, f"model.n_kv_head={heads} must divide model.n_head={m.n_head}"),
-        (0 <= m.dropout < 1, f"model.dropout={m.dropout} must be in [0, 1)"),
         (m.vocab_size is None or m.vocab_size > 0, f"model.vocab_size={m.vocab_size} must be positive"),
         (moe.num_experts >= 0, f"moe.num_experts={moe.num_experts} must not be negative"),
         (not moe.num_experts or 1 <= moe.top_k <= moe.num_experts,
@@ -150,7 +150,6 @@ def _check(config: ElaraConfig) -> None:
          f"trm.sample_depth={trm.sample_depth} must be [low, high] with 1 <= low <= high"),
         (0 <= tidar.block_length < m.context_length,
          f"tidar.block_length={tidar.block_length} must be below model.context_length={m.context_length}"),
-        (0 < tidar.block_fraction <= 1, f"tidar.block_fraction={tidar.block_fraction} must be in (0, 1]"),
         (tidar.schedule in ("full", "linear", "cosine"),
          f"tidar.schedule={tidar.schedule} must be full, linear or cosine"),
         (tidar.draft_routing in ("token", "block", "anchor"),
@@ -159,3 +158,4 @@ def _check(config: ElaraConfig) -> None:
     for ok, message in rules:
         if not ok:
             raise ElaraError(message)
+    check_ranges(config.to_dict())

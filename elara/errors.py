@@ -17,6 +17,25 @@ class ElaraError(Exception):
     """Bad input or state: one sentence that says what was wrong and what to do next."""
 
 
+class NotFinite(ElaraError):
+    """A model whose weights are, or whose forward gives, what is no number: nan or infinite.
+
+    What knows tensors only raises it; whoever knows where the model came from puts that in front with `naming`.
+    """
+
+    def __init__(self, message: str = "the model computes nan or infinite numbers: take an earlier checkpoint") -> None:
+        super().__init__(message)
+
+
+@contextlib.contextmanager
+def naming(model: object) -> Iterator[None]:
+    """Say of which model a `NotFinite` is, as its message's first words."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"{model}: {error}") from error
+
+
 class Interrupted(ElaraError):
     """The user or the system asked to stop. `saved`: a checkpoint of this very step was written."""
 
@@ -34,7 +53,7 @@ def never_fatal(what: str) -> Iterator[None]:
     """For what only shows a run to people: a failure inside costs a note that names `what`, and the run goes on."""
     try:
         yield
-    except Interrupted:
+    except (Interrupted, NotFinite):
         raise
     except Exception as error:
         reason = str(error)

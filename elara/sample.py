@@ -14,7 +14,7 @@ from elara.cli import hydra_main
 from elara.data.conversation import Conversation
 from elara.decoding import SamplingConfig, complete
 from elara.device import find_device
-from elara.errors import ElaraError
+from elara.errors import ElaraError, naming
 from elara.model import PRECISIONS
 from elara.runs import find_checkpoint
 
@@ -46,17 +46,18 @@ def sample(config: DictConfig) -> None:
         print(next(prompt, "") + text, end="", flush=True)
 
     controller = None
-    if wanted.mode in ("auto", "tidar") and wanted.draft_length is None and not wanted.exit_threshold:
-        controller = controller_for(loaded, precision=wanted.precision, depth=wanted.depth)
-    done = complete(
-        loaded.model,
-        Conversation(loaded.tokenizer, wanted.system) if chat else loaded.tokenizer,
-        wanted.prompt,
-        wanted,
-        depth=wanted.depth,
-        controller=controller,
-        on_text=show,
-    )
+    with naming(folder):
+        if wanted.mode in ("auto", "tidar") and wanted.draft_length is None and not wanted.exit_threshold:
+            controller = controller_for(loaded, precision=wanted.precision, depth=wanted.depth)
+        done = complete(
+            loaded.model,
+            Conversation(loaded.tokenizer, wanted.system) if chat else loaded.tokenizer,
+            wanted.prompt,
+            wanted,
+            depth=wanted.depth,
+            controller=controller,
+            on_text=show,
+        )
     lossy = ", not the text of ar: trust is above 0" if wanted.trust and wanted.mode in ("auto", "tidar") else ""
     print(
         f"{next(prompt, '')}\n\n[{done.tokens} tokens, {done.tokens_per_second:.1f} tokens/s, "

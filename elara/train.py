@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from elara import launch
-from elara.cli import config_options, config_path, guard, hydra_main, register_resolvers
+from elara.cli import check_numbers, config_options, config_path, guard, hydra_main, register_resolvers
 from elara.errors import ElaraError
 from elara.overrides import quoted, without
 from elara.runs import Run
@@ -30,6 +30,7 @@ def train(config: DictConfig) -> None:
     # torch and Lightning take seconds to import: a typo or `--cfg job` should not wait for them
     here = Run(Path(hydra.runtime.output_dir))
     try:
+        check_numbers(config)
         count = 1 if launch.is_rank() else _processes(config)
         if count > 1:
             _start_ranks(count, here)

@@ -123,7 +123,10 @@ class Backend(Protocol):
         ...
 
     def answers(self, conversations: Sequence[Messages], params: Params) -> Iterator[tuple[int, Answer | BackendError]]:
-        """(index, answer) of every conversation, in the order in which they are done; an error ends its own only."""
+        """(index, answer) of every conversation, in the order in which they are done; an error ends its own only.
+
+        Raises NotFinite, as `generate` does, for a model in this process whose numbers are nan or infinite.
+        """
         ...
 
     def frame(self, roles: Sequence[str]) -> list[list[int]]:

@@ -22,8 +22,11 @@ from elara.backends.base import Answer, BackendError, Messages, Params, TokenCho
 from elara.backends.local import READ_AT_ONCE, check_ids, choices, last_text, sampling_of, seed_of, top_of
 from elara.backends.stopping import StopText
 from elara.decoding import SamplingConfig
-from elara.decoding.sampling import draw, probabilities
+from elara.decoding.sampling import draw, likeliest, marked, probabilities
+from elara.errors import NotFinite
 from elara.tokenizer.huggingface import HuggingFaceTokenizer
+
+NO_NUMBERS = "the model computes nan or infinite numbers: its file is damaged, or another backend.dtype may help"
 
 
 @dataclass
@@ -131,10 +134,15 @@ class Causal:
         return Writing(key, room, generator, self.ours.stream_decoder(), StopText(params.stop))
 
     def _draw(self, row: Writing, logits: Tensor, sampling: SamplingConfig) -> int:
+        """A token from logits (vocab); raises NotFinite where they are nan or infinite."""
         if sampling.temperature == 0:
-            return int(logits.argmax())
-        uniform = torch.rand((), generator=row.generator).to(self.device)
-        return int(draw(probabilities(logits, sampling), uniform))
+            token = int(marked(*likeliest(logits), len(logits)))
+        else:
+            uniform = torch.rand((), generator=row.generator).to(self.device)
+            token = int(draw(probabilities(logits, sampling), uniform))
+        if token == len(logits):
+            raise NotFinite(NO_NUMBERS)
+        return token
 
     def _extend(self, row: Writing, token: int, logits: Tensor, params: Params) -> str:
         """Add a token to a row; the text that became certain with it. logits: (vocab), what it was drawn from."""
@@ -209,7 +217,10 @@ class Causal:
                 mean = (hidden * mask[..., None]).sum(1)
                 for i, vector in zip(part, F.normalize(mean, dim=-1).cpu(), strict=True):
                     vectors[i] = vector
-        return torch.stack(vectors).numpy() if vectors else np.zeros((0, self.width), np.float32)
+        found = torch.stack(vectors) if vectors else torch.zeros(0, self.width)
+        if not found.isfinite().all():
+            raise NotFinite(NO_NUMBERS)
+        return found.numpy()
 
     @property
     def width(self) -> int:

@@ -37,7 +37,7 @@ from elara.backends.stopping import StopText
 from elara.checkpoint import Loaded
 from elara.decoding import Server, encode_prompt, writable
 from elara.device import find_device
-from elara.errors import ElaraError
+from elara.errors import ElaraError, NotFinite, naming
 from elara.model import PRECISIONS
 from elara.runs import find_checkpoint
 from elara.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ class Elara:
         }
 
     def generate(self, messages: Messages, params: Params) -> Iterator[str]:
-        with memory_explained():
+        with memory_explained(), naming(self._place()):
             yield from self._write(messages, params)
 
     def answers(self, conversations: Sequence[Messages], params: Params) -> Iterator[tuple[int, Answer | BackendError]]:
@@ -107,8 +107,9 @@ class Elara:
         def answer(i: int) -> Answer | BackendError:
             writing = self._write(conversations[i], params)
             try:
-                while not dropped.is_set():
-                    next(writing)
+                with naming(self._place()):
+                    while not dropped.is_set():
+                        next(writing)
             except StopIteration as end:
                 return end.value  # type: ignore[no-any-return]
             except BackendError as error:
@@ -165,6 +166,9 @@ class Elara:
                 hidden = model(tokens.to(model.embed.weight.device), depth=self.depth).hidden.float()
                 for i, row in zip(part, hidden, strict=True):
                     vectors[i] = F.normalize(row[: len(ids[i])].mean(0), dim=0).cpu()
+        if not vectors.isfinite().all():
+            with naming(self._place()):
+                raise NotFinite
         return vectors.numpy()
 
     def close(self) -> None:

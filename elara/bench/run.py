@@ -80,6 +80,7 @@ def _trained(wanted: str, device: torch.device) -> decoding.Trained:
     loaded = checkpoint.load(path, device=device)
     if not loaded.config.tidar.block_length:
         raise ElaraError(f"checkpoint={wanted} has no diffusion head: give one trained with tidar=full_mask")
+    checkpoint.check_finite(path, loaded.model.state_dict())
     return decoding.Trained(loaded.model, loaded.tokenizer.mask_id, wanted)
 
 

@@ -15,7 +15,7 @@ from elara.collect.prompts import Prompt
 from elara.collect.store import Store, answer_id, answer_sample
 from elara.data.hashes import digest
 from elara.data.samples import Sample
-from elara.errors import ElaraError
+from elara.errors import ElaraError, NotFinite
 
 LASTING = 3  # failures in a row of a kind that lasts that end a teacher: one may be about a single prompt
 SYNC = 0.5  # seconds between syncs of the store
@@ -130,6 +130,8 @@ class Asking:
             self._ask(teacher)
         except BackendError as error:
             self._drop(teacher, f"{error.kind}: {error}")
+        except NotFinite as error:
+            self._throw_away(teacher, error)
         except ElaraError as error:
             self._drop(teacher, str(error))
         except _Broken as error:
@@ -183,6 +185,16 @@ class Asking:
         teacher.dropped = why
         others = "; the others go on" if any(t.dropped is None for t in self.teachers) else ""
         self._say(f"{teacher.name} is dropped after {teacher.answered:,} answers, {why}{others}")
+
+    def _throw_away(self, teacher: Teacher, error: NotFinite) -> None:
+        """Drop a teacher whose numbers are none: what it answered before came of the same weights."""
+        try:
+            gone = self._store.discard(digest(teacher.backend.identity()))
+        except OSError as broken:
+            self._broken = broken
+            return
+        teacher.answered = teacher.before = 0
+        self._drop(teacher, f"{error}; its answers are thrown away, {gone:,} in the store")
 
     def _keep(self, sample: Sample) -> bool:
         try:

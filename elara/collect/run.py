@@ -49,6 +49,8 @@ def run(wanted: CollectConfig, *, chosen: bool) -> Path:
         if wanted.teachers:
             asked, in_time = _ask(wanted, store, chosen, console)
         if not len(store):
+            for view in (KEPT, REJECTED, DISAGREEMENT):  # of answers that were thrown away
+                (folder / view).unlink(missing_ok=True)
             raise ElaraError(_nothing(asked))
         kept = write_kept(store, filters, _weights(wanted))
         apart = write_disagreement(store)

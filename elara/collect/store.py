@@ -21,6 +21,7 @@ from elara.collect.prompts import Prompt
 from elara.data.hashes import digest
 from elara.data.samples import Sample
 from elara.errors import ElaraError
+from elara.runs import write_whole
 
 ANSWERS = "answers.jsonl"
 LOCK = ".lock"
@@ -121,6 +122,22 @@ class Store:
             self._ids.add(sample.id)
             self._dirty = True
             return True
+
+    def discard(self, teacher: str) -> int:
+        """Take out all answers of a teacher, by the hash of its identity; returns how many there were."""
+        with self._lock:
+            if not self._open:
+                return 0
+            lines = self.file.read_bytes().splitlines(keepends=True)
+            samples = [_parse(line, f"{self.file}, line {i}") for i, line in enumerate(lines, 1)]
+            kept = [i for i, sample in enumerate(samples) if sample.provenance.get("teacher_hash") != teacher]
+            if gone := len(lines) - len(kept):
+                write_whole(self.file, b"".join(lines[i] for i in kept))
+                self._stream.close()
+                self._stream = self.file.open("ab", buffering=0)
+                self._size, self._ids = self.file.stat().st_size, {samples[i].id for i in kept}
+                self._dirty = True
+            return gone
 
     def sync(self) -> None:
         """Wait until everything is on the disk."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from elara import checkpoint, runs
+from elara.errors import naming
 from elara.evaluation import HeldOutText
 from elara.evaluation.loss import cut_windows, measure_loss
 from elara.tokenizer.char import CharTokenizer
@@ -29,7 +30,8 @@ class Student:
             passages = HeldOutText("answers", [texts[i] for i in known], len(known))
             context = self._loaded.config.model.context_length
             windows = cut_windows(passages, self._loaded.tokenizer, context, None, str(self.path))
-            loss, _ = measure_loss(self._loaded.model, windows)
+            with naming(self.path):
+                loss, _ = measure_loss(self._loaded.model, windows)
             for i, nats, size in zip(known, loss.nats, loss.sizes, strict=True):
                 found[i] = nats / size
         return found

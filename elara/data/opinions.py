@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from elara.data.tokens import token_dtype
 from elara.errors import ElaraError
+from elara.runs import write_whole
 
 LOWEST = -1000.0  # log-probabilities below are kept as this
+PART = 1 << 14  # tokens that are looked through at once
 MANIFEST = "manifest.json"  # written last: a folder that has it is whole
 
 
@@ -50,6 +52,21 @@ class OpinionFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpinionFile, (self.folder,)
+
+    @property
+    def checked(self) -> bool:
+        """Whether all of it was looked through for nan once."""
+        return bool(self.about.get("checked"))
+
+    def mark_checked(self) -> None:
+        """Remember that."""
+        self.about["checked"] = True
+        write_whole(self.folder / MANIFEST, json.dumps(self.about, indent=2) + "\n")
+
+    def parts(self) -> Iterator[StoredOpinion]:
+        """All of it, a row of `PART` tokens at a time."""
+        for start in range(0, len(self._following), PART):
+            yield self.read(np.arange(start, min(start + PART, len(self._following)))[None])
 
     def read(self, places: NDArray[np.int64]) -> StoredOpinion:
         """Behind the tokens at `places` (batch, seq); those below 0 and the last one of all give anything."""

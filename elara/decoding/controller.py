@@ -20,6 +20,7 @@ from elara.decoding.config import SamplingConfig
 from elara.decoding.engine import Engine, Row
 from elara.decoding.inference import inference
 from elara.decoding.tidar import AR, Draft, Plan
+from elara.errors import NotFinite
 from elara.model import ElaraLM
 
 MARGIN = 1.05  # what a plan must promise over plain decoding: costs are measured, not known
@@ -116,6 +117,8 @@ def calibrate(
             begin = time.perf_counter()
             engine.step(plan)
             taken.append(time.perf_counter() - begin)
+            if any(row.broken for row in rows):
+                raise NotFinite
         return statistics.median(taken[1:])
 
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=1 << 30)

@@ -8,6 +8,8 @@ which is a proposal itself where that place is still masked.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,9 @@ def denoise_step(engine: Engine) -> None:
     proposed = _propose(engine, output.mask_hidden)
     for row, proposals in zip(rows, proposed, strict=True):
         row.new, row.drafted, row.accepted, row.unread = [], 0, 0, 1
+        if not all(math.isfinite(sure) for _, sure in proposals.values()):
+            row.fail()
+            continue
         _reveal(row, proposals)
         ready = row.block.index(mask) if mask in row.block else length
         if ready >= min(length, row.left) or any(token in row.sampling.stop for token in row.block[:ready]):
@@ -67,11 +72,13 @@ def _propose(engine: Engine, mask_hidden: Tensor) -> list[dict[int, tuple[int, f
 
 
 def _choose(row: Row, logits: Tensor, allowed: Tensor | None) -> tuple[list[int], list[float]]:
-    """Draw a token at each place, (n, vocab); how sure the head is of it shows at temperature 1, nothing cut off."""
+    """Draw a token at each place, (n, vocab); how sure the head is of it shows at temperature 1, nothing cut off: nan
+    where it gives no numbers."""
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     probs = probabilities(logits, row.sampling)
     tokens = draw(probs, torch.rand(len(probs), generator=row.generator).to(probs.device))
+    tokens = tokens.clamp(max=probs.shape[-1] - 1)  # where they are nan, which shows in how sure it is
     sure = logits.to(probs.dtype).softmax(-1).gather(1, tokens[:, None])[:, 0]
     return tokens.tolist(), sure.tolist()
 

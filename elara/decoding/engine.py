@@ -14,7 +14,7 @@ from torch import Tensor
 from elara.decoding.config import SamplingConfig
 from elara.decoding.inference import PREFILL, cache_dtype
 from elara.decoding.prefix import Prefixes
-from elara.decoding.sampling import draw, probabilities
+from elara.decoding.sampling import draw, likeliest, marked, probabilities
 from elara.decoding.tidar import AR, Draft, Plan, draft, longest_agreement, think_and_talk, verify
 from elara.model import ElaraLM, KVCache
 
@@ -22,7 +22,8 @@ from elara.model import ElaraLM, KVCache
 @dataclass
 class Row:
     """One text. left: tokens it may still get; drafts: whether any are proposed for it, else it grows by plain
-    autoregression beside rows that draft; draft: tokens proposed behind its last one, with what drew them.
+    autoregression beside rows that draft; draft: tokens proposed behind its last one, with what drew them. broken: the
+    model gave nan or infinite numbers for it, which ended it; what was written last is not to be used.
 
     For block diffusion: block, the tokens and masks being denoised behind the text; passes, forwards left for them;
     unread, tokens at the text's end that are not in the cache.
@@ -41,6 +42,7 @@ class Row:
     block: list[int] = field(default_factory=list)
     passes: int = 0
     unread: int = 1
+    broken: bool = False
 
     @property
     def finished(self) -> bool:
@@ -53,6 +55,10 @@ class Row:
         self.new = tokens[: stops[0] + 1] if stops else tokens
         self.left = 0 if stops else self.left - len(self.new)
         self.text += self.new
+
+    def fail(self) -> None:
+        """End here: there are no numbers to go on with."""
+        self.broken, self.left, self.new = True, 0, []
 
 
 class Engine:
@@ -76,7 +82,7 @@ class Engine:
     ) -> None:
         weight = model.embed.weight
         self.model, self.device = model, weight.device
-        self.context = model.config.model.context_length
+        self.context, self.vocab = model.config.model.context_length, model.config.vocab_size
         self.mask_id = mask_id
         self.allowed = None if allowed is None else allowed.to(self.device)
         self.prefixes = prefixes
@@ -114,6 +120,8 @@ class Engine:
         done = [i for i, row in enumerate(self.rows) if row.finished]
         gone = []
         for i in reversed(done):
+            if self.rows[i].broken:
+                self.cache.wipe(i)  # nan would reach the next row in this slot: times a weight of 0 it is nan still
             self.cache.drop(i)
             last = self.rows.pop()
             if i < len(self.rows):
@@ -124,7 +132,7 @@ class Engine:
         return gone
 
     def step(self, plan: Plan = AR) -> None:
-        """One forward for all rows: `new`, `drafted` and `accepted` of every row tell what it gave."""
+        """One forward for all rows: `new`, `drafted`, `accepted` and `broken` of every row tell what it gave."""
         self.slide([i for i, held in enumerate(self.cache.lengths) if held >= self.context])
         length = max(1, min(plan.length, 1 + max(len(row.draft.tokens) for row in self.rows)))
         groups = {j for j in plan.groups if j <= length}
@@ -143,10 +151,9 @@ class Engine:
             self.model, tokens, self.cache, behind, plan.masks, self.mask_id, self.exit_threshold
         )
         if all(row.sampling.temperature == 0 and not row.sampling.trust for row in self.rows):
-            logits = self.model.ar_head(hidden)
-            if self.allowed is not None:
-                logits = logits.masked_fill(~self.allowed, -torch.inf)
-            found = longest_agreement(logits.argmax(-1).tolist(), [row.draft.tokens for row in self.rows], limits)
+            ids, logits = likeliest(self.model.ar_head(hidden), self.allowed)
+            best = marked(ids, logits, self.vocab).tolist()
+            found = longest_agreement(best, [row.draft.tokens for row in self.rows], limits)
         else:
             found = self._sample(self.model.ar_head(hidden), limits)
         self.cache.truncate([have + count for have, (count, _) in zip(held, found, strict=True)])
@@ -156,7 +163,10 @@ class Engine:
             own = count in plan.groups or not row.draft.tokens
             wanted.append(count if row.drafts and own else 0)
             row.drafted, row.accepted = limit - 1, count - 1
-            row.write([*row.draft.tokens[: count - 1], token])
+            if token == self.vocab:
+                row.fail()
+            else:
+                row.write([*row.draft.tokens[: count - 1], token])
         self._draft(behind, mask_hidden, wanted)
 
     def _sample(self, logits: Tensor, limits: list[int]) -> list[tuple[int, int]]:
@@ -195,6 +205,8 @@ class Engine:
         )
         for row, made in zip(rows, drafts, strict=True):
             row.draft = made
+            if self.vocab in made.tokens:
+                row.fail()
 
     def slide(self, full: list[int]) -> None:
         """Make room in these rows: the last half context of their texts, but for the last token, is read anew."""

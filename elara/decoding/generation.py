@@ -19,7 +19,7 @@ from elara.decoding.engine import Engine, Row
 from elara.decoding.inference import inference
 from elara.decoding.prefix import Prefixes
 from elara.decoding.tidar import AR, Plan
-from elara.errors import ElaraError
+from elara.errors import ElaraError, NotFinite
 from elara.model import ElaraLM
 
 LONGEST_DRAFT = 64  # tokens per step, where the model was not trained for more
@@ -56,7 +56,7 @@ def generate(
     `sampling.draft_length` fixes it; without either, a step has the trained length and a group behind every token.
     prefixes: beginnings that are read already. Row r draws from seed + r. `ar` and `tidar` draw from the same
     distribution (trust aside); at temperature 0 they write the same. Raises ElaraError, before the first step, for
-    prompts, ids or a mode that this model cannot serve.
+    prompts, ids or a mode that this model cannot serve; NotFinite at the step whose logits are nan or infinite.
     """
     mode = resolve_mode(model, mode or sampling.mode, mask_id, None if sampling.exit_threshold else controller)
     check_request(model, prompts, sampling, mode, allowed, mask_id, depth)
@@ -106,6 +106,8 @@ def _run(engine: Engine, rows: list[Row], mode: str, fixed: Plan, controller: Co
             else:
                 move(engine, fixed, controller)
             engine.retire()
+        if any(row.broken for row in moved):
+            raise NotFinite
         step = Step([[] for _ in rows], [0] * len(rows), [0] * len(rows), [row.finished for row in rows])
         for row in moved:
             step.tokens[row.key], step.drafted[row.key], step.accepted[row.key] = row.new, row.drafted, row.accepted

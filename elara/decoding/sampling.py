@@ -9,17 +9,34 @@ from torch import Tensor
 from elara.decoding.config import SamplingConfig
 
 
+def likeliest(logits: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The most likely allowed token at each place of logits (..., vocab), and its logit: nan or infinite where the
+    allowed ones are no numbers."""
+    best = (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).max(-1)
+    return best.indices, best.values
+
+
+def marked(ids: Tensor, logits: Tensor, vocab: int) -> Tensor:
+    """Ids with `vocab`, which is no token, in place of those whose logit is no finite number.
+
+    So the host, which waits for the ids anyway, need not wait for a second answer; `draw` marks what it draws alike.
+    """
+    return ids.masked_fill(logits.mul(0).isnan(), vocab)
+
+
 def probabilities(logits: Tensor, sampling: SamplingConfig, allowed: Tensor | None = None) -> Tensor:
     """The distribution to sample from: allowed tokens, temperature, top-k, then top-p; float32 or wider.
 
     logits: (..., vocab). allowed: boolean (vocab), tokens that may be drawn, or None. Temperature 0 puts everything on
-    the most likely token, so greedy decoding is sampling from this distribution too.
+    the most likely token, so greedy decoding is sampling from this distribution too. All are nan where an allowed logit
+    is nan or infinite.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     if sampling.temperature < torch.finfo(logits.dtype).tiny:  # 0, or as good as that: divided by, it would give nan
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        ids, best = likeliest(logits)
+        return F.one_hot(ids, logits.shape[-1]).to(logits.dtype) + best.mul(0)[..., None]
     # the maximum is taken off first: a tiny temperature then overflows to -inf, never to nan
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
@@ -38,7 +55,8 @@ def probabilities(logits: Tensor, sampling: SamplingConfig, allowed: Tensor | No
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """Invert the cumulative distribution. probs: (..., vocab), not all 0; uniform: (...) in [0, 1). Returns ids (...).
 
-    A token of probability 0 is never drawn, whatever the rounding.
+    A token of probability 0 is never drawn, whatever the rounding; from probabilities that are nan comes `vocab`, which
+    is no token.
     """
     cumulative = probs.cumsum(-1)
     total = cumulative[..., -1:]

@@ -23,7 +23,7 @@ from elara.decoding.engine import Engine, Row
 from elara.decoding.generation import check_request, fixed_plan, move, new_row, resolve_mode
 from elara.decoding.inference import inference
 from elara.decoding.prefix import Prefixes
-from elara.errors import ElaraError
+from elara.errors import ElaraError, NotFinite
 from elara.model import ElaraLM
 
 
@@ -48,7 +48,8 @@ class Stream:
         return self
 
     def __next__(self) -> int:
-        """The next token id; waits for it. Raises what stopped the server, in the caller's thread."""
+        """The next token id; waits for it. Raises, in the caller's thread, what stopped the server, or NotFinite, which
+        ends this request alone."""
         while not self._ready:
             if self._over:
                 raise StopIteration
@@ -199,7 +200,7 @@ class Server:
             place = sum(size < len(engine.rows) for size in self._sizes[:-1])
             move(engine, self._fixed, self._controllers[place] if self._controllers else None)
             for row in engine.rows:
-                self._requests[row.key].outbox.put(row.new)
+                self._requests[row.key].outbox.put(NotFinite() if row.broken else row.new)
             self._leave()
         return True
 

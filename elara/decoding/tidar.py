@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elara.decoding.config import SamplingConfig
-from elara.decoding.sampling import draw, probabilities
+from elara.decoding.sampling import draw, likeliest, marked, probabilities
 from elara.model import ElaraLM, KVCache, MaskSection
 
 
@@ -94,17 +94,16 @@ def draft(
     """Draw each row's proposals behind its last token from the masks of one group, (rows, length, n_embd).
 
     The group's first mask stands for the last token itself and is not read. With `tidar.chain` every proposal depends
-    on the one before it.
+    on the one before it. Where the head gives nan or infinite numbers, the proposal is `vocab_size`, which is no token.
     """
     if group.shape[1] == 1:
         return [Draft.none() for _ in last]
-    greedy = all(sampling.temperature == 0 for sampling in samplings)
+    greedy, vocab = all(sampling.temperature == 0 for sampling in samplings), model.config.vocab_size
 
-    def draw_from(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens, (rows, n), of independent logits, (rows, n, vocab), and what drew them, like the logits."""
-        if not greedy:
-            return _draw(logits, samplings, generators, allowed)
-        return (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).argmax(-1), None
+    def draw_from(logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens, (rows, n), of independent logits, (rows, n, vocab), and what drew them: their own logits, like the
+        tokens, if greedy, else probabilities, like the logits."""
+        return likeliest(logits, allowed) if greedy else _draw(logits, samplings, generators, allowed)
 
     if model.chain is None:
         parts = [draw_from(model.diffusion_head(group[:, 1:]))]
@@ -113,11 +112,12 @@ def draft(
         for place in range(1, group.shape[1]):
             parts.append(draw_from(model.diffusion_head(group[:, place], previous)[:, None]))
             previous = parts[-1][0][:, 0]
-    tokens = torch.cat([drawn for drawn, _ in parts], 1).tolist()  # the host waits once
+            if not greedy:
+                previous = previous.clamp(max=vocab - 1)  # where the head gives no numbers, there is no such row
+    tokens, drawn = torch.cat([tokens for tokens, _ in parts], 1), torch.cat([drawn for _, drawn in parts], 1)
     if greedy:
-        return [Draft(each, None) for each in tokens]
-    proposals = torch.cat([proposal for _, proposal in parts if proposal is not None], 1)
-    return [Draft(each, proposal) for each, proposal in zip(tokens, proposals, strict=True)]
+        return [Draft(each, None) for each in marked(tokens, drawn, vocab).tolist()]  # the host waits once
+    return [Draft(each, proposal) for each, proposal in zip(tokens.tolist(), drawn, strict=True)]
 
 
 def _draw(

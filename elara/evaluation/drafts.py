@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from elara.decoding import SamplingConfig, measure_acceptance, writable
+from elara.errors import NotFinite
 from elara.evaluation.loss import Windows
 from elara.evaluation.scoring import ROWS, Request
 from elara.evaluation.text import HeldOutText
@@ -90,7 +91,7 @@ def diffusion_loss(
     """Cross entropy of the diffusion head by place in the block, nats per token; every token of a block is masked.
 
     Windows are taken evenly from `requests`, up to `TOKENS` tokens; those too short for a block are passed over. [] if
-    all are. The blocks stand on a grid whose offset is drawn per window, with a fixed seed.
+    all are. The blocks stand on a grid whose offset is drawn per window, with a fixed seed. Raises NotFinite.
     """
     length = model.config.tidar.block_length
     config = replace(model.config.tidar, block_fraction=1.0, schedule="full")
@@ -112,4 +113,6 @@ def diffusion_loss(
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
         total += torch.cat(losses).double().view(-1, length).sum(0).cpu()
         blocks += section.starts.shape[-1]
+    if not total.isfinite().all():
+        raise NotFinite
     return [float(value) for value in total / blocks] if blocks else []

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from elara.checkpoint import Loaded
 from elara.data.progress import Progress
-from elara.errors import ElaraError
+from elara.errors import ElaraError, naming
 from elara.evaluation.agreement import compare_scores
 from elara.evaluation.calls import check_chat, measure_calls
 from elara.evaluation.config import EvalConfig
@@ -34,7 +34,7 @@ def evaluate(
 
     name: for messages and the result. reload: gives the checkpoint in a precision of `wanted.precisions`; without it
     precisions are not compared. depth: recursion depth, default the trained one. Raises ElaraError for settings that
-    the model cannot serve and for characters that its tokenizer lacks.
+    the model cannot serve and for characters that its tokenizer lacks, NotFinite where it gives no numbers.
     """
 
     def again(_: str, precision: str) -> Loaded:
@@ -74,7 +74,7 @@ def _measure(
                 seed=wanted.seed, depth=depth, advance=progress.advance,
             )  # fmt: skip
     for precision, other in lower.items():
-        with bar(precision) as progress:
+        with bar(precision) as progress, naming(precision):
             _, rescored = measure_loss(
                 other.model, windows, batch_tokens=wanted.batch_tokens, depth=depth, advance=progress.advance
             )
@@ -143,7 +143,8 @@ def compare(
     for name, loaded in models.items():
         precisions = [precision for precision in dict.fromkeys(wanted.precisions) if precision != "float32"]
         lower = {precision: reload(name, precision) for precision in precisions} if reload is not None else {}
-        results.append(_measure(loaded, text, wanted, name=name, depth=depth, lower=lower))
+        with naming(loaded.path or name):
+            results.append(_measure(loaded, text, wanted, name=name, depth=depth, lower=lower))
         every.append({"float32": loaded, **lower})
     _measure_speeds(every, results, text, wanted, depth)
     return results

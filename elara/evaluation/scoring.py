@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elara.errors import NotFinite
 from elara.model import ElaraLM
 
 ROWS = 256  # rows of logits alive at once for a large vocabulary: 256 x 50304 floats are 51 MB
@@ -58,7 +59,7 @@ def score(
     """Score every request under the AR head; results in the order of the requests.
 
     batch_tokens: padded tokens per forward (a longer request is a batch of its own). allowed: boolean (vocab), ids that
-    `best` is chosen from; default all. advance: called with the number of requests that are done.
+    `best` is chosen from; default all. advance: called with the number of requests that are done. Raises NotFinite.
     """
     device = model.embed.weight.device
     places: dict[tuple[int, ...], list[int]] = {}
@@ -74,6 +75,8 @@ def score(
         parts = [hidden[row, len(batch[row]) - len(requests[i].targets) : len(batch[row])] for row, i in wanted]
         targets = torch.tensor([target for _, i in wanted for target in requests[i].targets], dtype=torch.long)
         log_probs, best = _head(model, torch.cat(parts), targets.to(device), allowed)
+        if not log_probs.isfinite().all():
+            raise NotFinite
         start = 0
         for _, i in wanted:
             own = slice(start, start + len(requests[i].targets))

@@ -13,6 +13,7 @@ from elara.calibration import controller_for
 from elara.checkpoint import Loaded
 from elara.decoding import Controller, SamplingConfig, generate, writable
 from elara.decoding.config import MODES
+from elara.errors import naming
 
 
 @dataclass
@@ -80,7 +81,9 @@ def measure_speed(
         for (i, precision, mode), taken in timed.items():
             rows = [prompts[i][(number * batch + row) % len(prompts[i])] for row in range(batch)]
             controller = controllers[i, precision] if mode == "auto" else None
-            taken.append(_timed(models[i][precision], rows, mode, new_tokens, depth, controller))
+            loaded = models[i][precision]
+            with naming(f"{loaded.path or 'a model'} in {precision}"):
+                taken.append(_timed(loaded, rows, mode, new_tokens, depth, controller))
         if advance is not None:
             advance(1)
     found: list[list[Speed]] = [[] for _ in models]

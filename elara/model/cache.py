@@ -112,6 +112,10 @@ class KVCache:
             self.v[:, row, :, :held] = self.v[:, last, :, :held]
             self.lengths[row] = held
 
+    def wipe(self, row: int) -> None:
+        """Make the whole slot of a row zeros, what lies behind its valid tokens included."""
+        self.k[:, row], self.v[:, row] = 0, 0
+
     def replace(self, rows: list[int], other: KVCache) -> None:
         """Put the rows of `other` in place of these rows."""
         for row, source in zip(rows, range(other.batch), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from elara.checkpoint import is_finite
 from elara.data.batches import Batch
-from elara.errors import ElaraError
+from elara.errors import NotFinite
 from elara.model import ElaraLM
 from elara.tokenizer import Tokenizer
 from elara.training.balance import LoadBalancer, add_loads
@@ -186,7 +188,40 @@ class ElaraModule(lightning.LightningModule):
         figures = {f"val/{name}": value for name, value in self.val_means.read().items()}
         figures |= loss_figures("val", figures["val/loss_ar"], self.chars_per_token)
         self.record(figures)
+        self.check_finite(figures)
         self.log_dict(figures, logger=False)  # for callbacks that monitor, e.g. EarlyStopping; the same on every rank
+
+    def on_train_end(self) -> None:
+        """Let no run end well whose last losses were never read."""
+        self.check_state()
+
+    def check_finite(self, figures: Mapping[str, float | None]) -> None:
+        """Raise NotFinite when a loss or the gradient's norm is nan or infinite: what follows would be nonsense."""
+        try:
+            check_finite(figures, self.step, scaled=self._scaled)
+        except NotFinite:
+            if self.teaching is not None:
+                self.teaching.check()  # it may be a teacher's fault
+            raise
+
+    def check_state(self) -> None:
+        """The same for the weights and for figures that no log has read yet; every rank calls this at the same step."""
+        state = self.model.state_dict().values()
+        weights = torch.stack([is_finite(v.to_local() if isinstance(v, DTensor) else v) for v in state]).all()
+        figures = {"a weight": weights}
+        for means in (self.train_means, self.written_means, self.grad_means):
+            named = zip(means.names, means.total[:-1].isfinite(), strict=True)
+            figures |= {f"train/{name}": fine for name, fine in named}
+        fine = torch.stack(list(figures.values())).to(self.device, torch.float32)
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(fine, torch.distributed.ReduceOp.MIN)
+        wrong = [name for name, whole in zip(figures, fine.tolist(), strict=True) if not whole]
+        self.check_finite(dict.fromkeys(sorted(wrong, reverse=True)))  # a loss says more than a weight
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether steps of infinite gradients are passed over, as float16 needs it."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def record(self, figures: Mapping[str, float]) -> None:
         """Send plain numbers to every logger under the current step."""
@@ -249,8 +284,14 @@ def _mix(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def check_finite(figures: Mapping[str, float], step: int) -> None:
-    """Raise ElaraError when a loss is not a number: what follows would train on nonsense."""
+def check_finite(figures: Mapping[str, float | None], step: int, *, scaled: bool = False) -> None:
+    """Raise NotFinite when a loss, a penalty, the gradient's norm or a weight is nan or infinite; None = one of both.
+
+    scaled: the gradient may be, as such steps are passed over.
+    """
     for name, value in figures.items():
-        if "loss" in name and value != value:
-            raise ElaraError(f"{name} is nan at step {step}: lower optimizer.lr or set trainer.gradient_clip_val")
+        gradient = name.endswith("grad_norm")
+        told = "loss" in name or name.endswith(("penalty", "weight")) or (gradient and not scaled)
+        if told and (value is None or not math.isfinite(value)):
+            what = "nan or infinite" if value is None else value
+            raise NotFinite(f"{name} is {what} at step {step}: lower optimizer.lr or set trainer.gradient_clip_val")

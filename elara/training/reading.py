@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from elara.data.opinions import MANIFEST, OpinionFile, OpinionWriter
 from elara.data.preparation import locked
 from elara.data.progress import Progress
 from elara.data.tokens import TokenFile
+from elara.errors import NotFinite
 from elara.tokenizer import Tokenizer
 from elara.training.config import DistillConfig
 from elara.training.teaching import Teacher
@@ -42,7 +44,8 @@ def stored_opinions(teacher: Teacher, prepared: Prepared, settings: DistillConfi
     """A teacher's opinions on the training split, from disk or asked for now.
 
     They lie in the prepared folder, under a name that holds a hash of all that changes them. A killed process goes on
-    where it was; a second one waits for the first.
+    where it was; a second one waits for the first. Raises NotFinite, and throws away what was stored, when they hold
+    nan, also if an earlier version of this program stored it.
     """
     other = VERSION if teacher.projection is not None and not teacher.projection.same else False
     asked = {"teacher": teacher.backend.identity(), "k": settings.top_k, "temperature": settings.temperature,
@@ -51,12 +54,22 @@ def stored_opinions(teacher: Teacher, prepared: Prepared, settings: DistillConfi
         asked["windows"] = "documents"
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     folder = prepared.folder / "teachers" / f"{teacher.name}-{key}"
-    if not (folder / MANIFEST).exists():
-        folder.parent.mkdir(exist_ok=True)
-        with locked(folder):
+    if (folder / MANIFEST).exists() and (found := OpinionFile(folder)).checked:
+        return found
+    folder.parent.mkdir(exist_ok=True)
+    with locked(folder):
+        try:
             if not (folder / MANIFEST).exists():
                 _ask_all(teacher, prepared, settings, folder, asked)
-    return OpinionFile(folder)
+            found = OpinionFile(folder)
+            for said in found.parts():
+                teacher.watch(said)
+            teacher.check()
+        except NotFinite:
+            shutil.rmtree(folder)
+            raise
+        found.mark_checked()
+    return found
 
 
 def _ask_all(
@@ -71,6 +84,8 @@ def _ask_all(
             todo = [window for window in windows if window.stop > writer.done]
             for some in together(todo, ROWS * settings.context):
                 said = teacher.opinion(_rows(train, some), settings)
+                teacher.watch(said)
+                teacher.check()
                 for row, window in enumerate(some):
                     new = slice(writer.done - window.start, window.stop - window.start)
                     progress.advance(window.stop - writer.done)

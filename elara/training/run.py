@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Timer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
 from elara import checkpoint
@@ -207,9 +207,18 @@ def factory(config: DictConfig, group: str) -> Any:
     for key, value in built.keywords.items():
         if key not in hints:
             raise ElaraError(f"unknown key '{group}.{key}': {config._target_} takes no such argument")
+        if get_origin(hints[key]) is tuple and not _fits(value, hints[key]):
+            raise ElaraError(f"{group}.{key}={value} must be a list of {len(get_args(hints[key]))} numbers")
         if hints[key] in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ElaraError(f"{group}.{key}={value} must be a number")
     return built
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is a list of as many numbers as a tuple's hint names."""
+    numbers = list(value) if isinstance(value, (Sequence, ListConfig)) and not isinstance(value, str) else []
+    plain = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
+    return plain and len(numbers) == len(get_args(hint))
 
 
 def architecture(config: DictConfig, tokenizer: Tokenizer) -> ElaraConfig:
@@ -347,9 +356,12 @@ def load_weights(path: Path, parts: Parts) -> dict[str, Any]:
     meta, module = checkpoint.read_meta(path), parts.module
     tokenizers.check_fingerprint(module.tokenizer.fingerprint, meta["tokenizer"], "the data's tokenizer")
     if elsewhere(parts.trainer):
-        checkpoint.verify_weights(path, meta)  # as rank 0 does: all must agree where to go on
+        weights = checkpoint.Weights(path, meta, module.model.config)  # as rank 0 does: all must agree where to go on
+        for name in weights.shapes:
+            weights.read(name)
         return meta
     state: dict[str, Tensor] = checkpoint.read_weights(path, meta)
+    checkpoint.check_finite(path, state)
     checkpoint.fit(path, state, module.model)
     module.model.load_state_dict(state)
     return meta

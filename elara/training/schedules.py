@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from elara.errors import ElaraError
+from elara.ranges import check_ranges
 
 Factor = Callable[[int], float]
 
 
 def cosine(total_steps: int, *, warmup: int, final: float) -> Factor:
     """Linear warm-up over `warmup` steps, then half a cosine down to `final` of the base rate at `total_steps`."""
-    _check(total_steps, warmup, final)
+    check_ranges({"trainer.max_steps": total_steps, "schedule": {"warmup": warmup, "final": final}})
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -25,9 +25,7 @@ def cosine(total_steps: int, *, warmup: int, final: float) -> Factor:
 
 def wsd(total_steps: int, *, warmup: int, decay: float, final: float) -> Factor:
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): linear to `final` over the last `decay` share of steps."""
-    _check(total_steps, warmup, final)
-    if not 0 <= decay <= 1:
-        raise ElaraError(f"schedule.decay={decay} must be in [0, 1]")
+    check_ranges({"trainer.max_steps": total_steps, "schedule": {"warmup": warmup, "decay": decay, "final": final}})
     begin = total_steps * (1 - decay)
 
     def factor(step: int) -> float:
@@ -36,10 +34,3 @@ def wsd(total_steps: int, *, warmup: int, decay: float, final: float) -> Factor:
         return rise * (1 - (1 - final) * fall)
 
     return factor
-
-
-def _check(total_steps: int, warmup: int, final: float) -> None:
-    if total_steps < 1 or warmup < 0:
-        raise ElaraError(f"trainer.max_steps={total_steps} must be at least 1, schedule.warmup={warmup} at least 0")
-    if not 0 <= final <= 1:
-        raise ElaraError(f"schedule.final={final} must be in [0, 1]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from elara.backends.elara import Elara
 from elara.data.batches import PADDING, Batch
 from elara.data.opinions import StoredOpinion
 from elara.decoding import SamplingConfig, generate, writable
-from elara.errors import ElaraError
+from elara.errors import ElaraError, NotFinite
 from elara.model import ElaraLM
+from elara.ranges import check_ranges
 from elara.tokenizer import Tokenizer
 from elara.training.config import DistillConfig
 from elara.training.divergence import KINDS
@@ -38,6 +39,7 @@ class Teacher:
     backend: Backend
     student: Tokenizer
     projection: Projection | None = None
+    broken: Tensor | None = None  # whether it ever said what is no number; on the device, where nobody waits for it
 
     def opinion(self, rows: Tensor, settings: DistillConfig) -> StoredOpinion:
         """Behind every token of `rows`, int64 (batch, seq), PADDING behind an end; nothing follows the last one."""
@@ -57,6 +59,19 @@ class Teacher:
             raise BackendError(error.kind, f"teachers.{self.name}: {error} ({how})") from error
         order = torch.cat([places[other], places[~other]]).argsort()
         return StoredOpinion(*(torch.cat(values)[order] for values in zip(*parts, strict=True)))
+
+    def watch(self, said: StoredOpinion) -> None:
+        """Remember, for `check`, whether what it says of a batch is nan."""
+        broken = said.logprobs.isnan().any()
+        self.broken = broken if self.broken is None else self.broken | broken
+
+    def check(self) -> None:
+        """Raise NotFinite when anything that was watched is nan; waits for the device."""
+        if self.broken is not None and bool(self.broken):
+            raise NotFinite(
+                f"teachers.{self.name} says nan instead of log-probabilities: its model is damaged, or another "
+                "backend.dtype may help"
+            )
 
     def note(self, conversations: bool) -> str | None:
         """What a user should know about how it reads; None when it reads as the student does."""
@@ -92,9 +107,16 @@ class Teaching:
         names = [teacher.name for teacher in self.teachers]
         return names + [f"{name}_diffusion" for name in names if drafts and self.settings.diffusion]
 
+    def check(self) -> None:
+        """Raise NotFinite, naming the teacher, when one said what is no number; waits for the device."""
+        for teacher in self.teachers:
+            teacher.check()
+
     def lesson(self, batch: Batch) -> Lesson:
         """What is to be learned about a batch; with the text's own loss, unless the student wrote it."""
         said = list(batch.opinions) or self._ask(batch.tokens)
+        for teacher, each in zip(self.teachers, said, strict=True):
+            teacher.watch(each)
         settings = self.settings
         shares = self._shares(said, batch)
         opinions = [
@@ -149,14 +171,7 @@ def check(settings: DistillConfig) -> None:
     for key, choices in (("divergence", KINDS), ("choice", CHOICES), ("opinions", OPINIONS)):
         if (value := getattr(settings, key)) not in choices:
             raise ElaraError(f"distill.{key}={value} is unknown: use {', '.join(choices)}")
-    if not 0 <= settings.weight <= 1:
-        raise ElaraError(f"distill.weight={settings.weight} must be between 0 and 1")
-    if not 0 < settings.temperature < math.inf:
-        raise ElaraError(f"distill.temperature={settings.temperature} must be above 0")
-    if not 0 <= settings.on_policy <= 1:
-        raise ElaraError(f"distill.on_policy={settings.on_policy} must be between 0 and 1")
-    if settings.top_k < 1 or settings.context < 8:
-        raise ElaraError(f"distill.top_k={settings.top_k} must be at least 1, distill.context={settings.context} 8")
+    check_ranges({"distill": asdict(settings)})
 
 
 def open_teachers(

@@ -7,8 +7,14 @@ import signal
 import time
 
 import pytest
+import torch
 
+from elara.backends import Answer, Params
+from elara.backends.transformers import Transformers
+from elara.collect.prompts import Prompt
+from elara.collect.store import Store, answer_sample
 from elara.data.samples import read_samples
+from tests.backends.conftest import save_model
 
 
 def test_every_prompt_is_answered_once_with_all_that_is_known_about_it(collector, oracle):
@@ -252,3 +258,30 @@ def test_damage_in_the_middle_is_named(collector, oracle):
     assert code == 1
     assert "answers.jsonl, line 1 is damaged" in err
     assert json.loads(file.read_text().splitlines()[1])
+
+
+def test_a_teacher_without_numbers_is_dropped_and_what_it_said_is_thrown_away(collector, oracle, tmp_path):
+    """What it answered to earlier prompts, before its file was seen to be damaged, came of the same weights."""
+    transformers = pytest.importorskip("transformers")
+    folder = save_model(tmp_path / "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[70] = torch.nan
+        model.get_output_embeddings().weight[70] = torch.nan
+    model.save_pretrained(folder)
+    identity = Transformers(str(folder), device="cpu", dtype="float32").identity()
+    with Store(collector.home / "data" / "collected" / "teachers") as store:
+        for question in ("one", "two"):
+            prompt = Prompt.of([{"role": "user", "content": question}])
+            store.append(answer_sample(prompt, Answer("garbage", "stop"), "llama", identity, Params(), 1.0))
+    backend = {"_target_": "elara.backends.transformers.Transformers", "model": str(folder), "dtype": "float32"}
+    option = {"weight": 1.0, "backend": {**backend, "device": "cpu"}}
+    named = collector.teachers(good=oracle())
+    file = collector.home / "conf" / "teacher" / "llama.yaml"
+    file.write_text(f"# @package teachers.llama\n{json.dumps(option)}\n")
+    code, out, err = collector(named.replace("good", "good,llama"), collector.ask(["What is a bee?", "And a queen?"]))
+    assert code == 1
+    assert "teacher llama failed: the model computes nan or infinite numbers" in err
+    assert "its answers are thrown away, 2 in the store" in out + err
+    assert {row["provenance"]["teacher"] for row in collector.rows()} == {"good"}
+    assert len(collector.rows("kept.jsonl")) == 2

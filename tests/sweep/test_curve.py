@@ -60,7 +60,7 @@ def test_a_file_that_is_written_anew_is_read_by_its_own_header(tmp_path: Path):
         logger.log_metrics({METRIC: 20 / step, "train/loss": 3.0}, step)
     first.write_bytes(file.read_bytes())
     os.replace(first, file)
-    assert curve.read() == [(step, pytest.approx(20 / step)) for step in range(10, 65, 10)]
+    assert dict(curve.read()) == pytest.approx({step: 20 / step for step in range(10, 65, 10)})
     assert curve.columns == ["step", METRIC, "train/loss"]
 
 

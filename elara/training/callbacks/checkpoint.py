@@ -80,11 +80,15 @@ class Checkpoint(Callback):
     def save(self, trainer: Trainer, module: Any, *, validation_due: bool = False) -> None:
         """Write checkpoints/step-N and point `last` to it. Every rank calls this; the first one writes.
 
+        Raises NotFinite, before anything is written or deleted, when the weights or the losses since the last log are
+        nan or infinite: the last good checkpoint stays.
+
         validation_due: this step is going to be validated; a run killed before that is over makes up for it.
         """
         step = trainer.global_step
         if step == self.saved_step:
             return
+        module.check_state()
         self.saved_step = step
         for logger in trainer.loggers:
             logger.save()  # a row that the checkpoint lies behind must not be lost with the process

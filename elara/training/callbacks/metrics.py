@@ -10,7 +10,7 @@ from lightning import Callback, Trainer
 
 from elara.data.batches import Batch
 from elara.training.metrics import loss_figures, moe_figures
-from elara.training.module import ElaraModule, check_finite
+from elara.training.module import ElaraModule
 
 
 class Metrics(Callback):
@@ -30,7 +30,7 @@ class Metrics(Callback):
         if module.load is not None and module.load.numel():
             figures |= moe_figures(module.load, module.model.config.moe_layers)
             module.load = None
-        check_finite(figures, module.step)
+        module.check_finite(figures)
         module.record(figures)
 
     def on_save_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
