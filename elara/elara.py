@@ -28,6 +28,7 @@ TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32,
          12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210)}  # fmt: skip
 FORMS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 U32, STRING, LIST, U64 = 4, 8, 9, 10
+NOTES = (".commit", ".data", ".step", ".active", "elara.tokenizer", ".bos_token_id", ".padding_token_id")  # no matter
 PREFILL, TILE = 256, 1 << 20  # tokens read at once; weights unpacked at once: fewer cost calls, more leave the cache
 FEW, PACKED = 8, 24  # tokens up to which sums are scaled instead of weights; up to which torch's kernels are faster
 
@@ -51,8 +52,9 @@ class Reader:
             name, axes = self.read(STRING), self.read(U32)
             shape = [self.read(U64) for _ in range(axes if axes < 5 else self.fail(f"a tensor has {axes} axes"))]
             self.tensors[name] = tuple(shape[::-1]), self.read(U32), self.read(U64)
-        self.base = self.at + -self.at % (self.key("general.alignment", default=32) or 1)
-
+        if len(self.keys) < keys or len(self.tensors) < count:
+            self.fail("the file is damaged: two keys or two tensors have the same name")
+        self.base = self.at + -self.at % (self.key("general.alignment", 32) or 1)
     def fail(self, what: str) -> Any:
         raise GGUFError(f"{self.path}: {' '.join(what.split()):.250}")  # names in a damaged file can be anything
     def take(self, size: int) -> bytes:
@@ -68,20 +70,20 @@ class Reader:
         form = np.dtype(FORMS.get(each) or self.fail("the file is damaged: a key has a value of unknown type"))
         values = np.frombuffer(self.take(form.itemsize * count), form)
         return values if kind == LIST else values.item()
-    def key(self, name: str, kind: Any = int, default: Any = None) -> Any:
-        """A key's value; numbers must not be negative."""
-        value = self.keys.get(name, default)
+    def key(self, name: str, default: Any = None, known: Any = None, kind: Any = int) -> Any:
+        """Take a key's value out; numbers must not be negative, fractions not 0. known: what can be computed here."""
+        value = self.keys.pop(name, default)
         value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind or (kind in (int, float) and not 0 <= value < 1 << 40):
+        odd = type(value) is not kind or (kind in (int, float) and not -(kind is int) < value < 1 << 40)
+        if odd or (known is not None and value not in known):
             self.fail(f"the key {name} is {'missing' if value is None else f'unusable: {value!s:.40}'}")
         return value
-
     def tensor(self, name: str, *shape: int) -> Any:
-        """The tensor of that name and shape: float32 for one axis, a Matrix for two, a list of them for three."""
-        found, kind, offset = self.tensors.get(name) or self.fail(f"it lacks the tensor {name}")
+        """Take out the tensor of a name and shape: float32 for one axis, a Matrix for two, a list of them for three."""
+        found, kind, offset = self.tensors.pop(name, None) or self.fail(f"it lacks the tensor {name}")
         if found != shape or kind not in TYPES:
-            known = "/".join(each for each, _, _ in TYPES.values())
-            self.fail(f"tensor {name} is {found} of type {kind}, not {shape} of {known}")
+            of = "/".join(each for each, _, _ in TYPES.values())
+            self.fail(f"tensor {name} is {found} of type {kind}, not {shape} of {of}")
         _, weights, size = TYPES[kind]
         rows, row = math.prod(shape[:-1]), shape[-1] // weights * size
         if shape[-1] % weights or not rows * row or self.base + offset + rows * row > len(self.data):
@@ -211,13 +213,14 @@ def _shape(c: str) -> str:
 class Tokenizer:
     """Byte-level BPE from a file's keys; vocabularies of characters and bytes are written as such too."""
     def __init__(self, reader: Reader) -> None:
-        tokens, merges = reader.key("tokenizer.ggml.tokens", list), reader.key("tokenizer.ggml.merges", list)
-        kinds = np.asarray(reader.keys.get("tokenizer.ggml.token_type", ()))
+        tokens, merges = (reader.key(f"tokenizer.ggml.{n}", kind=list) for n in ("tokens", "merges"))
+        kinds = np.asarray(reader.keys.pop("tokenizer.ggml.token_type", ()))
         self.end = reader.key("tokenizer.ggml.eos_token_id")
-        self.mask = reader.key("tokenizer.ggml.mask_token_id", default=0)
-        sound = kinds.shape == (len(tokens),) and max(self.end, self.mask) < len(tokens)
-        if not sound or reader.key("tokenizer.ggml.model", str) != "gpt2":
-            reader.fail("its tokenizer is not of the kind gpt2, or lacks the types of its tokens, its end or mask")
+        self.mask = reader.key("tokenizer.ggml.mask_token_id", 0)
+        for name, only in (("model", "gpt2"), ("pre", "gpt-2"), ("add_bos_token", False)):
+            reader.key(f"tokenizer.ggml.{name}", None if only else only, (only,), type(only))
+        if kinds.shape != (len(tokens),) or not set(kinds) <= {1, 3, 5} or max(self.end, self.mask) >= len(tokens):
+            reader.fail("its tokenizer lacks its end or mask, or the types of its tokens, or has some of other types")
         self.writable = (kinds == 1) | (np.arange(len(kinds)) == self.end)
         self.ids = {token: i for i, token in enumerate(tokens) if kinds[i] == 1}
         self.bytes = [bytes(BYTES.get(c, 63) for c in t) if kinds[i] == 1 else b"" for i, t in enumerate(tokens)]
@@ -244,26 +247,28 @@ class Elara:
     """A model from a GGUF file: `generate` streams text, `logits` scores it."""
     def __init__(self, path: str, threads: int | None = None, use_torch: bool | None = None) -> None:
         reader = Reader(path)
-        if (arch := reader.key("general.architecture", str)) not in ("elara", "hy_v3"):
+        if (arch := reader.key("general.architecture", kind=str)) not in ("elara", "hy_v3"):
             reader.fail(f"it is a model of the architecture {arch}, only elara and hy_v3 can be read")
-        def key(name: str, default: Any = None, kind: type = int) -> Any:
-            return reader.key(f"{arch}.{name}", kind, default)
+        key: Any = lambda name, *given, **more: reader.key(f"{arch}.{name}", *given, **more)  # noqa: E731
         def mlp(name: str, hidden: int, *experts: int, given: int | None = None) -> list[Any]:
             shapes = {"gate": (hidden, given or w), "up": (hidden, given or w), "down": (w, hidden)}
             return [reader.tensor(name.format(part), *experts, *shape) for part, shape in shapes.items()]
-        self.tokenizer, self.context, w = Tokenizer(reader), key("context_length"), key("embedding_length")
-        self.heads, d, experts = key("attention.head_count"), key("attention.key_length"), key("expert_count", 0)
-        self.kv_heads, h = key("attention.head_count_kv", self.heads), key("feed_forward_length")
-        self.eps, base = key("attention.layer_norm_rms_epsilon", None, float), key("rope.freq_base", 10000.0, float)
-        count, depth, order = key("block_count"), key("recursion.depth", 1), key("recursion.order", "block", str)
-        self.length, self.routing = key("tidar.block_length", 0), key("tidar.draft_routing", "token", str)
-        self.top, self.gate_scale = key("expert_used_count", 0), key("expert_weights_scale", 1.0, float)
-        inner, shared = key("expert_feed_forward_length", 0), key("expert_shared_feed_forward_length", 0)
+        self.tokenizer, self.context = Tokenizer(reader), key("context_length", known=range(2, 1 << 40))
+        w, h, experts = key("embedding_length"), key("feed_forward_length"), key("expert_count", 0)
+        self.heads, d = key("attention.head_count"), key("attention.key_length", known=range(2, 1 << 16, 2))
+        self.kv_heads = key("attention.head_count_kv", self.heads, [n for n in range(1, 4096) if self.heads % n == 0])
+        self.eps, base = key("attention.layer_norm_rms_epsilon", kind=float), key("rope.freq_base", 10000.0, kind=float)
+        count, depth = key("block_count", known=range(1, len(reader.tensors))), key("recursion.depth", 1, range(1, 257))
+        order = key("recursion.order", "block", ("block", "stack"), str)
+        self.length, num_shared = key("tidar.block_length", 0, range(257)), key("expert_shared_count", 0)
+        self.routing = key("tidar.draft_routing", "token", ("token", "block", "anchor"), str)
+        self.top = key("expert_used_count", 0, range(min(experts, 1), experts + 1))
+        self.gate_scale, inner = key("expert_weights_scale", 1.0, kind=float), key("expert_feed_forward_length", 0)
+        shared = key("expert_shared_feed_forward_length", 0, (inner * num_shared,) if num_shared else None)  # of all
         self.size, q, k, vocabulary = d, self.heads * d, self.kv_heads * d, len(self.tokenizer.bytes)
-        if not (min(d, self.kv_heads) > 0 and self.heads % self.kv_heads == d % 2 == 0 and self.context > 1 and base > 0
-                and 0 < depth <= 256 and 0 < count <= len(reader.tensors) and order in ("block", "stack")
-                and self.length <= 256 and self.routing in ("token", "block", "anchor") and self.top <= experts):
-            reader.fail("its keys make no model: heads, context, recursion, drafts or experts do not fit together")
+        for n, only in (("attention.value_length", d), ("rope.dimension_count", d), ("vocab_size", vocabulary),
+                        ("expert_gating_func", 2), ("expert_weights_norm", True)):  # 2: sigmoid
+            key(n, None if only is True and experts else only, (only,), type(only))
         shapes = {"attn_norm": (w,), "attn_q": (q, w), "attn_k": (k, w), "attn_v": (k, w), "attn_q_norm": (d,)}
         shapes |= {"attn_k_norm": (d,), "attn_output": (w, q), "ffn_norm": (w,)}
         self.blocks = list[dict[str, Any]]()
@@ -280,6 +285,8 @@ class Elara:
                 bias = reader.tensor(f"{prefix}exp_probs_b", *passes, experts)
                 block["bias"] = bias.rows() if passes else bias[None]  # that of selection
                 block["shared"] = [mlp(prefix + "ffn_{}_shexp.weight", shared)] if shared else []
+                if shared and not num_shared and block["shared"][0][2].rows().any():
+                    reader.fail(f"its keys know no shared expert, and block {prefix[4:-1]} has one")
             else:
                 block["mlp"] = mlp(prefix + "ffn_{}.weight", h)
             self.blocks.append(block)
@@ -299,12 +306,14 @@ class Elara:
             for group in (each for each in reader.groups.values() if each[0].kind in UNPACK):
                 if sum(len(m.raw) for m in group) % 16 == 0:
                     Matrix(np.concatenate([m.raw for m in group]), group[0].kind, group[0].width).pack(torch, group)
-        self.embed = reader.tensor("token_embd.weight", vocabulary, w)  # not packed: rows are all it gives
+        self.embed = reader.tensor("token_embd.weight", vocabulary, w) if name == "output.weight" else self.head
+        left = [n for n in reader.keys if n.startswith((f"{arch}.", "tokenizer.ggml.")) and not n.endswith(NOTES)]
+        if left := [*reader.tensors, *left]:
+            reader.fail(f"it holds {left[0]}, which this program does not know and would leave out")
     @classmethod
     def load(cls, path: str | os.PathLike[str], threads: int | None = None, use_torch: bool | None = None) -> Self:
         """Open a GGUF file. threads: default all (of torch: as it is). use_torch: None = where it is installed."""
         return cls(os.fspath(path), threads, use_torch)
-
     def products(self, *pairs: tuple[Array, Matrix]) -> list[Array]:
         """x @ weights.T of every pair, float32 (tokens, rows), the tiles of all shared among threads."""
         outs, jobs, made = [], list[Any](), dict[Any, Any]()
@@ -316,17 +325,13 @@ class Elara:
                 continue
             outs.append(out := np.empty((len(x), len(matrix.raw)), np.float32))
             tiles = -(-len(matrix.raw) * matrix.width // TILE // self.threads) * self.threads
-            step = -(-len(matrix.raw) // tiles // 64) * 64
-            if matrix.kind == 0:
-                np.matmul(x, matrix.rows().T, out=out)  # BLAS has threads of its own
-            else:
-                jobs += [(matrix, x, out, slice(i, i + step)) for i in range(0, len(matrix.raw), step)]
-        if jobs:
-            waits = [self.pool.submit(_run, jobs[i :: self.threads]) for i in range(1, min(self.threads, len(jobs)))]
-            _run(jobs[:: self.threads])
-            _ = [wait.result() for wait in waits]
+            step = -(-len(matrix.raw) // tiles // 64) * 64 if matrix.kind else len(matrix.raw)  # F32: by BLAS's threads
+            jobs += [(matrix, x, out, slice(i, i + step)) for i in range(0, len(matrix.raw), step)]
+        run = lambda part: [matrix.product(*job) for matrix, *job in part]  # noqa: E731
+        waits = [self.pool.submit(run, jobs[i :: self.threads]) for i in range(1, min(self.threads, len(jobs)))]
+        run(jobs[:: self.threads])
+        _ = [wait.result() for wait in waits]
         return outs
-
     def forward(self, ids: Sequence[int], cache: Cache, groups: Sequence[int] = ()) -> Any:
         """Append tokens to the cache; final hidden states (tokens + masks, width). For each j in groups, `length` masks
         see the cache, the first j tokens and each other (TiDAR, arXiv 2511.08923, section 3.2), and are not kept."""
@@ -388,7 +393,6 @@ class Elara:
     def logits(self, ids: Sequence[int]) -> Array:
         """Logits behind every token of a text, float32 (tokens, vocabulary)."""
         return self.products((self.read(ids, Cache(self, len(ids))), self.head))[0]
-
     def ids(self, prompt: str | Sequence[int], tokens: int = 200, temperature: float = 0.8, top_k: int = 0,
             top_p: float = 1.0, seed: int | None = None, tidar: bool = False, stop: Any = ()) -> Iterator[list[int]]:
         """The new tokens of each forward, up to `tokens`, the end or a stop token (given too); temperature 0 is greedy.
@@ -452,9 +456,6 @@ class Elara:
             yield decoder.decode(b"".join(self.tokenizer.bytes[i] for i in new))
         yield decoder.decode(b"", True)
 
-def _run(jobs: Sequence[Any]) -> None:
-    for matrix, *job in jobs:
-        matrix.product(*job)
 def _norm(x: Array, weight: Array, eps: float) -> Any:
     return x / np.sqrt(np.einsum("...i,...i->...", x, x) / x.shape[-1] + eps)[..., None] * weight
 def _turned(x: Array, cos: Array, sin: Array) -> Array:
@@ -472,7 +473,6 @@ def _verify(probs: Array, draft: list[int], proposals: Array, random: Any) -> tu
     return len(draft) + 1, _draw(probs[-1], random)
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description="Write text with an Elara model in a GGUF file.")
     parser.add_argument("model", help="a .gguf file, exported with format=compact or format=gguf")
     parser.add_argument("prompt", nargs="?", default="", help="text to go on from; none begins a new document")

@@ -6,6 +6,7 @@ random state; `generate` of transformers offers none of the three.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,16 +88,30 @@ class Causal:
         Raises BackendError of kind `unfit` for what the template refuses and for what leaves no room in the context.
         """
         text = last_text(messages)
-        if self.tokenizer.chat_template:
-            ids = templated(self.tokenizer, messages, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = self.tokenizer(text)["input_ids"]
-        ids = list(ids) or self._blank
+        ids = (self._templated(messages) if self.tokenizer.chat_template else self._continued(text)) or self._blank
         if self.context is not None and len(ids) >= self.context:
             raise BackendError(
                 "unfit", f"the prompt has {len(ids)} tokens, the model's context holds {self.context}: shorten it"
             )
         return ids
+
+    def _templated(self, messages: Messages) -> list[int]:
+        """A conversation's ids. A special token that somebody wrote is plain text, as it is to a student: frame and
+        contents are tokenised apart then; else as the template's authors did, who may have let them share a token."""
+        if not any(self._holds_special(message.get("content")) for message in messages):
+            return list(templated(self.tokenizer, messages, add_generation_prompt=True, return_dict=False))
+        first, *others = frame(self.tokenizer, [message["role"] for message in messages], answering=True)
+        contents = [self.ours.encode(last_text([message])) for message in messages]
+        return first + [token for pair in zip(contents, others, strict=True) for part in pair for token in part]
+
+    def _holds_special(self, text: str | None) -> bool:
+        return not self._silent.isdisjoint(self.tokenizer(text or "", add_special_tokens=False)["input_ids"])
+
+    def _continued(self, text: str) -> list[int]:
+        """A text's ids: what the tokenizer puts before every text, the text as plain text, and no end after it."""
+        given = self.tokenizer("a", return_special_tokens_mask=True)
+        marked = zip(given["input_ids"], given["special_tokens_mask"], strict=True)
+        return [token for token, _ in itertools.takewhile(lambda pair: pair[1], marked)] + self.ours.encode(text)
 
     def write(self, prompts: Sequence[list[int]], params: Params) -> Iterator[tuple[Writing, str]]:
         """Answer all prompts together: (answer so far, its next piece), a finished answer's last with `finish` set."""
@@ -228,13 +243,16 @@ class Causal:
         return int(self.model.config.get_text_config().hidden_size)
 
 
-def frame(tokenizer: Any, roles: Sequence[str]) -> list[list[int]]:
-    """See Backend: what the chat template of transformers' `tokenizer` writes around messages that are marks."""
+def frame(tokenizer: Any, roles: Sequence[str], *, answering: bool = False) -> list[list[int]]:
+    """See Backend: what the chat template of transformers' `tokenizer` writes around messages that are marks.
+
+    answering: with the beginning of the assistant's answer after the last one.
+    """
     if not tokenizer.chat_template:
         raise BackendError("refused", "the model has no chat template")
     marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    text, around = templated(tokenizer, messages, tokenize=False), list[str]()
+    text, around = templated(tokenizer, messages, add_generation_prompt=answering, tokenize=False), list[str]()
     for mark in marks:
         before, found, text = text.partition(mark)
         around.append(before if found else mark)

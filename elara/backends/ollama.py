@@ -10,7 +10,7 @@ from urllib.parse import SplitResult
 from elara.backends.base import BackendError, Messages, Params, TokenChoice
 from elara.backends.retry import Attempt, Failure, Limits
 from elara.backends.server import Server, broken_off, credentials, not_understood, parsed, shown
-from elara.backends.writing import Piece
+from elara.backends.writing import Piece, called, finish_of
 
 if TYPE_CHECKING:
     import ollama
@@ -179,9 +179,9 @@ def _address(host: str | None) -> SplitResult:
 
 
 def _piece(part: Any) -> Piece:
-    finish = None
-    if part.done:
-        finish = "length" if part.done_reason == "length" else "stop"
+    if part.message.tool_calls:
+        raise called()
+    finish = finish_of(part.done_reason) if part.done else None  # Ollama gives none where its runner broke off
     tokens = tuple(_token(token) for token in part.logprobs or ())
     return Piece(part.message.content or "", len(part.message.thinking or ""), tokens, finish)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from elara.backends.base import BackendError, Messages, Params, TokenChoice
 from elara.backends.retry import Attempt, Failure, Limits
 from elara.backends.server import Server, broken_off, credentials, not_understood, parsed, shown
-from elara.backends.writing import Piece
+from elara.backends.writing import Piece, called, finish_of
 
 if TYPE_CHECKING:
     import openai
@@ -94,18 +96,38 @@ class OpenAICompatible(Server):
     def _models(self) -> list[dict[str, Any]]:
         def ask(attempt: Attempt) -> list[dict[str, Any]]:
             self._watch.begin(attempt)
-            return [entry.to_dict(mode="json") for entry in self._open().models.list().data]
+            page = self._open().models.list()
+            self._check(page.model_extra)
+            return [entry.to_dict(mode="json") for entry in page.data]
 
         return self._call(ask)
 
     def _pieces(self, messages: Messages, params: Params) -> Generator[Piece, None, None]:
         stream = self._start(messages, params)
         try:
+            if (whole := _not_streamed(stream.response)) is not None:
+                yield self._whole(whole)
+                return
             for chunk in stream:
                 if chunk.choices:
-                    yield _piece(chunk.choices[0])
+                    yield _piece(chunk.choices[0], chunk.choices[0].delta)
         finally:
             stream.close()
+
+    def _whole(self, body: dict[str, Any]) -> Piece:
+        """An answer of a server that does not stream."""
+        from openai.types.chat import ChatCompletion
+
+        self._check(body)
+        choice = ChatCompletion.construct(**body).choices[0]
+        return _piece(choice, choice.message)
+
+    def _check(self, body: Mapping[str, Any] | None) -> None:
+        """Raise Failure where a body is an error in spite of the status 200, as of LM Studio without /v1."""
+        error = (body or {}).get("error")
+        if error:
+            said = self._quoted(str(error.get("message") or error) if isinstance(error, dict) else str(error))
+            raise Failure("refused", f"answered 200 with an error ({said})", self._about_models())
 
     def _start(self, messages: Messages, params: Params) -> openai.Stream[Any]:
         from openai import BadRequestError, UnprocessableEntityError
@@ -156,6 +178,7 @@ class OpenAICompatible(Server):
 
     def _vectors(self, texts: Sequence[str]) -> list[list[float]]:
         answer = self._open().embeddings.create(model=self.model or "", input=list(texts), encoding_format="float")
+        self._check(answer.model_extra)
         return [entry.embedding for entry in sorted(answer.data, key=lambda entry: entry.index)]
 
     def _failure(self, error: Exception, attempt: Attempt) -> Failure:
@@ -184,18 +207,41 @@ class OpenAICompatible(Server):
         raise error
 
 
-def _piece(choice: Any) -> Piece:
-    delta = choice.delta
-    extra = delta.model_extra or {}
+def _not_streamed(response: Any) -> dict[str, Any] | None:
+    """The body of a response that is one JSON object instead of a stream."""
+    if response.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return None
+    with contextlib.suppress(ValueError):  # a stream under a wrong name: it can still be read as one
+        body = json.loads(response.read())
+        return body if isinstance(body, dict) else None
+    return None
+
+
+def _piece(choice: Any, message: Any) -> Piece:
+    """message: what the choice brings of its message, None = nothing."""
+    finish = finish_of(choice.finish_reason)
+    if message is None:
+        return Piece(finish=finish)
+    if message.tool_calls or message.function_call:
+        raise called()
+    extra = message.model_extra or {}
     thought = extra.get("reasoning_content") or extra.get("reasoning") or ""
+    text, thoughts = _words(message.content)
     logprobs = choice.logprobs.content if choice.logprobs is not None else None
-    finish = choice.finish_reason
-    if finish == "content_filter":
-        raise Failure("unfit", "held the answer back (content_filter)", "ask in other words")
-    return Piece(
-        delta.content or "", len(thought), tuple(_token(token) for token in logprobs or ()),
-        None if finish is None else "length" if finish == "length" else "stop",
-    )  # fmt: skip
+    return Piece(text, len(thought) + thoughts, tuple(_token(token) for token in logprobs or ()), finish)
+
+
+def _words(content: Any) -> tuple[str, int]:
+    """The text of a message's content, which comes whole or in parts, and the characters of thoughts in it."""
+    if not isinstance(content, list):
+        return content or "", 0
+    text, thoughts = "", 0
+    for part in content:
+        if part["type"] == "thinking":
+            thoughts += len(str(part["thinking"]))
+        else:
+            text += part["text"]
+    return text, thoughts
 
 
 def _token(token: Any) -> tuple[TokenChoice, bytes]:

@@ -35,7 +35,11 @@ OUT_OF_MEMORY = re.compile(
 
 
 class Server(ABC):
-    """Another model behind HTTP. A subclass speaks one API through its official client."""
+    """Another model behind HTTP. A subclass speaks one API through its official client.
+
+    The server applies the chat template itself: whether a special token in a message's words, such as `<|im_end|>`,
+    stays plain text or ends a turn is up to it, as these APIs do not take frame and contents apart.
+    """
 
     def __init__(self, limits: Limits, concurrency: int) -> None:
         if concurrency < 1:

@@ -11,6 +11,12 @@ from elara.backends.stopping import StopText
 
 OPEN, CLOSE = "<think>", "</think>"
 CLOSED_ONLY = re.compile(r"\A.*?\n</think>\n\n", re.DOTALL)  # templates that end in <think> leave only its end to see
+# How servers say that an answer is whole, and that the limit cut it off; what they say of calls, which are not words.
+FINISHES = {
+    "stop": "stop", "eos": "stop", "end_turn": "stop",
+    "length": "length", "max_tokens": "length", "model_length": "length",
+}  # fmt: skip
+CALLS = ("tool_calls", "tool_call", "tool_use", "function_call")
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,26 @@ class Writing:
                 found.append(token)
             at += len(raw)
         return tuple(found)
+
+
+def finish_of(reason: str | None) -> str | None:
+    """What a server's finish reason means, in any case: `stop`, `length`; None, the answer goes on, where it is empty.
+
+    Raises Failure for tool calls, and for every reason that does not say that the answer is whole or was cut off.
+    """
+    if not reason:
+        return None
+    known = reason.lower()
+    if known in CALLS:
+        raise called()
+    if known not in FINISHES:
+        raise Failure("failed", f"ended its answer with {reason[:40]!r}", "look at the server's log", again=True)
+    return FINISHES[known]
+
+
+def called() -> Failure:
+    """The failure of an answer that calls a tool: nobody offered one here."""
+    return Failure("unfit", "called a tool instead of answering in words", "see which tools the server gives its model")
 
 
 def _check_whole(text: str) -> str:

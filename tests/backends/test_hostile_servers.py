@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -381,6 +381,78 @@ def test_finish_is_length_where_the_limit_ended_it(api: str) -> None:
         assert ask(backend(api, server.address)) == Answer("Once", "length")
 
 
+FINISHED = {
+    "stop": ["stop", "STOP", "eos", "end_turn"],
+    "length": ["length", "max_tokens", "MAX_TOKENS", "model_length"],
+}
+
+
+@pytest.mark.parametrize(("meant", "said"), [(meant, said) for meant, known in FINISHED.items() for said in known])
+def test_finish_reasons_are_known_by_every_name(api: str, meant: str, said: str) -> None:
+    with hostile(speak("Once", finish=said)) as server:
+        assert ask(backend(api, server.address)) == Answer("Once", meant)
+
+
+@pytest.mark.parametrize("said", ["abort", "error", "content_filter", "load", "whatever\nelse " * 20])
+def test_an_answer_that_ended_otherwise_is_asked_for_again(api: str, said: str) -> None:
+    with hostile(speak("Once", finish=said), GOOD) as server:
+        assert ask(backend(api, server.address)) == Answer("Once upon a time", "stop")
+        assert len(server.asked) == 2
+    with hostile(speak("Once", finish=said)) as server:
+        error = failed(ask(backend(api, server.address)))
+        assert error.kind == "failed" and said[:8] in str(error) and len(str(error)) < 200
+        assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("said", ["tool_calls", "function_call"])
+def test_a_tool_call_is_no_answer_in_words(api: str, said: str) -> None:
+    with hostile(speak("Let me look.", finish=said)) as server:
+        error = failed(ask(backend(api, server.address)))
+        assert (error.kind, len(server.asked)) == ("unfit", 1) and "called a tool" in str(error)
+
+
+def test_a_tool_call_that_ends_with_stop_is_none_either(api: str) -> None:
+    def act(handler: Handler) -> None:
+        function = {"name": "look", "arguments": "{}" if api == "openai" else {}}
+        calls = [{"index": 0, "id": "x", "type": "function", "function": function}]
+        handler.begin()
+        handler.chunk(
+            handler.piece("@").replace(b'"content": "@"', b'"content": "", "tool_calls": ' + json.dumps(calls).encode())
+        )
+        handler.chunk(handler.piece(finish="stop"))
+        handler.chunk(b"")
+
+    with hostile(act) as server:
+        assert "called a tool" in str(failed(ask(backend(api, server.address))))
+
+
+def test_an_empty_finish_reason_ends_nothing(api: str) -> None:
+    def act(handler: Handler) -> None:
+        handler.begin()
+        for text in ("The", " cat", " sat."):
+            name = "done_reason" if api == "ollama" else "finish_reason"
+            event = json.loads(handler.piece(text).removeprefix(b"data: "))
+            (event if api == "ollama" else event["choices"][0])[name] = ""
+            data = json.dumps(event).encode()
+            handler.chunk(data + b"\n" if api == "ollama" else b"data: " + data + b"\n\n")
+        if len(handler.hostile.asked) == 1:
+            handler.chunk(handler.piece(finish="stop"))
+        handler.chunk(b"")
+
+    with hostile(act) as server:
+        made = backend(api, server.address)
+        assert ask(made) == Answer("The cat sat.", "stop")
+        error = failed(ask(made))
+        assert error.kind == "failed" and "in the middle of an answer" in str(error)
+
+
+def test_ollama_says_no_reason_where_its_runner_broke_off() -> None:
+    """Its DoneReasonConnectionClosed is written as an empty text, which JSON leaves out."""
+    last = '{"model": "bee", "message": {"role": "assistant", "content": "Once"}, "done": true}'
+    with hostile(raw(last), GOOD) as server:
+        assert ask(backend("ollama", server.address)) == Answer("Once upon a time", "stop")
+
+
 def test_parameters_reach_the_server(api: str) -> None:
     params = Params(max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=11, stop=("x", "y"))
     with hostile(GOOD) as server:
@@ -616,6 +688,61 @@ def test_a_key_that_cannot_be_sent_is_not_shown_either(monkeypatch: pytest.Monke
     monkeypatch.setenv("OPENAI_API_KEY", "sk-a\nb")
     ((_, error),) = backend("openai", "http://127.0.0.1:1").answers([HELLO], Params())
     assert isinstance(error, BackendError) and "OPENAI_API_KEY" in str(error) and "sk-a" not in str(error)
+
+
+def test_messages_in_other_forms_are_read() -> None:
+    def event(delta: Any, finish: str | None = None) -> str:
+        return json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    parts = [event({"content": [thought, {"type": "text", "text": word}]}) for word in ("The", " cat")]
+    with hostile(raw(*parts, event(None, "stop"), "[DONE]"), raw(event({"content": [{"type": "image"}]}))) as server:
+        made = backend("openai", server.address)
+        assert ask(made) == Answer("The cat", "stop")
+        assert "not an answer of OpenAI's API" in str(failed(ask(made)))
+
+
+def test_an_answer_that_does_not_stream_is_read_as_a_whole() -> None:
+    def whole(content: str, finish: str | None) -> Act:
+        message = {"role": "assistant", "content": content}
+        return lambda handler: handler.whole({"choices": [{"index": 0, "message": message, "finish_reason": finish}]})
+
+    script = [whole("Once", "stop"), whole("Once", "max_tokens"), whole("On", None), whole("On", "abort"), GOOD]
+    with hostile(*script) as server:
+        made = backend("openai", server.address)
+        assert ask(made) == Answer("Once", "stop")
+        assert ask(made) == Answer("Once", "length")
+        assert ask(made) == Answer("Once upon a time", "stop")
+        assert len(server.asked) == 5
+
+
+def test_a_stream_under_the_name_of_json_is_still_one() -> None:
+    def act(handler: Handler) -> None:
+        data = handler.piece("Once") + handler.piece(" upon", finish="stop")
+        handler.whole(data)
+
+    with hostile(act) as server:
+        assert ask(backend("openai", server.address)) == Answer("Once upon", "stop")
+
+
+def test_an_address_without_v1_is_one_clear_line() -> None:
+    """LM Studio says 200 there, and the error in JSON."""
+
+    def act(handler: Handler) -> None:
+        handler.whole({"error": f"Unexpected endpoint or method. ({handler.command} {handler.path})"})
+
+    with hostile(act, listing=act) as server:
+        for error in (failed(ask(OpenAICompatible("bee", server.address))),
+                      failed(_caught(OpenAICompatible("bee", server.address).embed, ["a"])),
+                      _caught(OpenAICompatible(None, server.address).identity)):  # fmt: skip
+            assert error.kind == "refused" and "Unexpected endpoint" in str(error) and "mostly in /v1" in str(error)
+        assert len(server.asked) == 2, "asking again would not help"
+
+
+def _caught(call: Callable[..., Any], *given: Any) -> BackendError:
+    with pytest.raises(BackendError) as caught:
+        call(*given)
+    return caught.value
 
 
 # What only Ollama has
