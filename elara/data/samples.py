@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elara.data.files import Found, walk
 from elara.data.hashes import digest
+from elara.data.rows import PARQUET, json_values, parquet_rows, pyarrow
 from elara.errors import ElaraError
 from elara.tokenizer import ROLES
 
 Message = dict[str, str]  # role and content
 
-SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".jsonl", PARQUET)
 KEPT = "kept.jsonl"  # of a store of elara.collect: the samples beside it are the same ones and those that were rejected
 COLUMNS = ("id", "messages", "text", "source", "weight", "provenance")
 
@@ -89,35 +91,36 @@ def prompt_id(messages: Iterable[Message]) -> str:
     return digest([[message["role"], message["content"]] for message in messages])
 
 
-def sample_files(path: Path | str) -> list[Path]:
+def sample_files(path: Path | str) -> Found:
     """The sample files of a path: itself, or all of a folder, by name; ElaraError if there are none.
 
     Of a store of elara.collect only what its filters kept is meant.
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
-        stores = {file.parent for file in files if file.name == KEPT}
-        files = [file for file in files if file.name == KEPT or file.parent not in stores]
-        if not files:
+        found = walk(place, lambda file: file.suffix in SUFFIXES)
+        stores = {file.parent for file in found.files if file.name == KEPT}
+        found.files = [file for file in found.files if file.name == KEPT or file.parent not in stores]
+        if not found.files:
             raise ElaraError(f"{path} holds no samples: files that end in {' or '.join(SUFFIXES)} are needed")
-        return files
+        return found
     if not place.is_file():
         raise ElaraError(f"{path} does not exist: give a file of samples or a folder of them")
     if place.suffix not in SUFFIXES:
         raise ElaraError(f"{path} is not a file of samples: its name must end in {' or '.join(SUFFIXES)}")
-    return [place]
+    return Found(place, [place])
 
 
 def read_samples(path: Path | str) -> Iterator[Sample]:
     """All samples of a file or folder, read only as far as they are asked for; ElaraError names file and line."""
-    for file in sample_files(path):
-        yield from _parquet(file) if file.suffix == ".parquet" else _json_lines(file)
+    for file in sample_files(path).files:
+        for where, row in parquet_rows(file) if file.suffix == PARQUET else json_values(file):
+            yield Sample.of(row, where)
 
 
 def write_parquet(file: Path, samples: Iterable[Sample], rows: int = 10_000) -> int:
     """Write samples as Parquet, `rows` at a time; returns how many. Needs pyarrow (extra `hub`)."""
-    pa, parquet = _pyarrow()
+    pa, parquet = pyarrow()
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     kinds = (pa.string(), pa.list_(message), pa.string(), pa.string(), pa.float64(), pa.string())
     schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
@@ -136,40 +139,3 @@ def write_parquet(file: Path, samples: Iterable[Sample], rows: int = 10_000) -> 
         if batch:
             flush()
     return count
-
-
-def _json_lines(file: Path) -> Iterator[Sample]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield Sample.of(_json(line, f"{file}, line {number}"), f"{file}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ElaraError(f"cannot read {file}: {error}") from error
-
-
-def _json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ElaraError(f"{where} is not JSON ({error}): mend or delete it") from error
-
-
-def _parquet(file: Path) -> Iterator[Sample]:
-    pa, parquet = _pyarrow()
-    try:
-        table = parquet.ParquetFile(file)
-        for group in range(table.num_row_groups):
-            for number, row in enumerate(table.read_row_group(group).to_pylist()):
-                yield Sample.of(row, f"{file}, row {number} of group {group}")
-    except (OSError, pa.ArrowException) as error:
-        raise ElaraError(f"cannot read {file}: {error}") from error
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ElaraError("Parquet files need an extra: pip install 'elara-hivemind[hub]'") from error
-    return pyarrow, pyarrow.parquet

@@ -18,7 +18,7 @@ from elara.data.samples import Sample, read_samples, sample_files
 from elara.data.sources.base import SPLITS, Counts, Split
 from elara.data.tokens import TokenWriter
 from elara.errors import ElaraError
-from elara.tokenizer import Tokenizer
+from elara.tokenizer import TextError, Tokenizer
 
 HEAVIEST = 1000.0  # a weight beyond is a mistake; float16 holds 65504
 
@@ -51,6 +51,9 @@ class SampleSource(ABC):
         for sample in self.samples_of(split):
             yield ["\n".join([*_texts(sample), ""])]
 
+    def place(self, split: Split, document: int) -> tuple[str, int]:
+        return f"sample {document + 1} of the {split} part of {self.name}", 0
+
     def samples_of(self, split: Split) -> Iterator[Sample]:
         """The samples of one part."""
         return (sample for sample in self.samples() if self.split_of(sample) == split)
@@ -60,7 +63,10 @@ class SampleSource(ABC):
         writers = {split: TokenWriter(folder, split, dtype, weights=True) for split in SPLITS}
         with writers["train"], writers["val"], Progress("tokenising", unit="samples") as progress:
             for sample in self.samples():
-                ids, weights = tokens_of(sample, tokenizer)
+                try:
+                    ids, weights = tokens_of(sample, tokenizer)
+                except TextError as error:
+                    raise error.within(self.name) from error
                 progress.advance(1)
                 if not weights.any():
                     silent += 1
@@ -95,19 +101,23 @@ class Chat(SampleSource):
     def __init__(self, path: str, val_fraction: float, root: Path) -> None:
         super().__init__(f"data.path={path}", val_fraction)
         self._path, self._root = Path(path).expanduser().resolve(), root
-        self._files = sample_files(self._path)
+        self._found = sample_files(self._path)
 
     def identity(self) -> dict[str, Any]:
         return {
             "source": "chat",
             "path": str(self._path),
-            "sha256": {str(file): file_hash(file, self._root) for file in self._files},
+            "sha256": {str(file): file_hash(file, self._root) for file in self._found.files},
             "val_fraction": self.val_fraction,
             "split": "by prompt",  # of those that name one; what was prepared when all went by their ids is made anew
         }
 
     def samples(self) -> Iterator[Sample]:
         return read_samples(self._path)
+
+    def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
+        self._found.note()
+        return super().write(folder, tokenizer, dtype, work)
 
 
 class ToolUse(SampleSource):
@@ -144,14 +154,17 @@ def open_samples(data: CorpusConfig, root: Path) -> SampleSource:
 
 
 def tokens_of(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float32]]]:
-    """Ids of a sample and what each counts as a target."""
+    """Ids of a sample and what each counts as a target; ElaraError for a weight or words that cannot be kept."""
     if sample.weight > HEAVIEST:
         raise ElaraError(f"sample {sample.id} has weight {sample.weight:g}: give {HEAVIEST:g} at most")
-    if sample.messages is None:
-        ids = [*tokenizer.encode(sample.text or ""), tokenizer.end_id]
-        learn = [bool(sample.text)] * len(ids)
-    else:
-        ids, learn = tokenizer.apply_chat(sample.messages)
+    try:
+        if sample.messages is None:
+            ids = [*tokenizer.encode_exactly(sample.text or "").tolist(), tokenizer.end_id]
+            learn = [bool(sample.text)] * len(ids)
+        else:
+            ids, learn = tokenizer.apply_chat(sample.messages, exact=True)
+    except TextError as error:
+        raise error.within(f"sample {sample.id}") from error
     return ids, np.asarray(learn, np.float32) * sample.weight
 
 
