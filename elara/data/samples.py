@@ -5,7 +5,8 @@ On disk they are JSON lines or Parquet with the same columns. JSON lines:
     {"id": "...", "messages": [{"role": "user", "content": "..."}, ...], "source": "...", "weight": 1.0,
      "provenance": {...}}
 
-with `text` in place of `messages` for plain documents. In Parquet `provenance` is a JSON string.
+with `text` in place of `messages` for plain documents. In Parquet `provenance` is a JSON string. Messages may be in
+OpenAI's form (`elara.data.messages`): content in parts of text, `tool_calls`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from elara.data.files import Found, walk
 from elara.data.hashes import digest
+from elara.data.messages import plain
 from elara.data.rows import PARQUET, json_values, parquet_rows, pyarrow
 from elara.errors import ElaraError
 from elara.tokenizer import ROLES
@@ -34,7 +36,8 @@ class Sample:
     """A conversation (`messages`) or a document (`text`), one of the two.
 
     id: unique within its folder. source: the kind of thing it is: document, feedback, teacher, tool_use, ... weight:
-    how much it counts in training, 1 = as any other. provenance: JSON values about where it comes from.
+    how much it counts in training, 1 = as any other. provenance: JSON values about where it comes from. unread: keys of
+    the row it was read from, and of its messages, whose words are in none of these.
 
     Raises:
         ElaraError: neither or both of messages and text, an unknown role, a weight that is no number of at least 0.
@@ -46,6 +49,7 @@ class Sample:
     source: str = "document"
     weight: float = 1.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):
@@ -68,18 +72,22 @@ class Sample:
 
     @classmethod
     def of(cls, row: Any, where: str) -> Sample:
-        """From a JSON object; `where` names the place for errors. Keys that the schema lacks are ignored."""
+        """From a JSON object; `where` names the place for errors. Keys that the schema lacks are ignored (`unread`)."""
         if not isinstance(row, Mapping) or not isinstance(row.get("id"), str):
             raise ElaraError(f"{where} is not a sample: a JSON object with an id and messages or text is needed")
         messages, text, provenance = row.get("messages"), row.get("text"), row.get("provenance")
+        others = {key: value for key, value in row.items() if key not in COLUMNS}
+        unread = [key for key, value in others.items() if value and isinstance(value, list | Mapping)]
         try:
+            read = None if messages is None else [plain(message) for message in messages]
             return cls(
                 id=row["id"],
-                messages=None if messages is None else tuple({**message} for message in messages),
+                messages=None if read is None else tuple(message for message, _ in read),
                 text=text,
                 source=str(row.get("source") or "document"),
                 weight=float(1.0 if row.get("weight") is None else row["weight"]),
                 provenance=json.loads(provenance) if isinstance(provenance, str) else provenance or {},
+                unread=tuple(dict.fromkeys([*unread, *(key for _, keys in read or () for key in keys)])),
             )
         except (TypeError, ValueError, ElaraError) as error:
             raise ElaraError(f"{where}: {error}") from error
