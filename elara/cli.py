@@ -26,7 +26,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from elara import launch, runs
+from elara import addresses, launch, runs
 from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, ElaraError, Interrupted
 
 Task = Callable[[DictConfig], None]
@@ -61,6 +61,9 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
     def guarded(config: DictConfig) -> None:
         if not full_error:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+        hydra = HydraConfig.get()
+        if hydra.output_subdir is not None:
+            addresses.bare_files(Path(hydra.runtime.output_dir, hydra.output_subdir))
         try:
             task(config)
         except (Exception, KeyboardInterrupt) as error:
@@ -75,6 +78,7 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
     try:
         if rewrite is not None:
             sys.argv[1:] = rewrite(sys.argv[1:])
+        sys.argv[1:] = addresses.hide(sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own words
         main()
     except (Exception, KeyboardInterrupt) as error:

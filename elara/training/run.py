@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from elara import checkpoint
+from elara import addresses, checkpoint
 from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
 from elara.data.config import DataConfig
@@ -99,8 +99,9 @@ def hush() -> None:
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values, with `trainer.precision=auto` replaced by what it means here."""
-    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    """The configuration as plain values that may be kept: addresses without credentials, and with
+    `trainer.precision=auto` replaced by what it means here."""
+    settings = cast(dict[str, Any], addresses.bare_values(OmegaConf.to_container(config, resolve=True)))
     if not re.fullmatch(r"[\w.-]+", settings["name"]):
         raise ElaraError(f"name={settings['name']} names a folder: use letters, digits, '.', '-' and '_' only")
     trainer = settings["trainer"]
