@@ -352,6 +352,8 @@ def _datasets() -> Any:
         raise ElaraError("this data source needs an extra: pip install 'elara-hivemind[hub]'") from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is raised as well
+    # Versions before 4 would ask on the terminal whether to run a dataset's own program; then it is refused instead
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     return datasets
 
 
