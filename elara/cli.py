@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -28,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from elara import addresses, launch, runs
 from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, ElaraError, Interrupted
+from elara.overrides import quoted, readable
 
 Task = Callable[[DictConfig], None]
 PLUGINS = ("joblib", "submitit_local", "submitit_slurm")  # launchers that Hydra does not bring along
@@ -78,7 +80,7 @@ def hydra_main(config_name: str, task: Task, rewrite: Callable[[list[str]], list
     try:
         if rewrite is not None:
             sys.argv[1:] = rewrite(sys.argv[1:])
-        sys.argv[1:] = addresses.hide(sys.argv[1:])
+        sys.argv[1:] = addresses.hide(readable(sys.argv[1:]))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own words
         main()
     except (Exception, KeyboardInterrupt) as error:
@@ -131,7 +133,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
-        return f"cannot read the override '{error.override}': write key=value, in quotes if the value has special signs"
+        key, equals, value = (error.override or "").partition("=")
+        advice = f"write it as {shlex.quote(f'{key}={quoted(value)}')}" if equals else "write key=value"
+        return f"cannot read the override '{error.override}': {advice}"
     if isinstance(error, InstantiationException):
         return _failed_target(error)
     if (cause := _in_chain(error, OmegaConfBaseException)) is not None:
