@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import shutil
@@ -12,8 +13,12 @@ import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import unquote, urlsplit, urlunsplit
 
+from elara.addresses import bare, whole
 from elara.errors import ElaraError
 
 TIMEOUT = 30  # seconds without an answer before a server counts as unreachable
@@ -114,11 +119,24 @@ def download(url: str, target: Path) -> Path:
         if "://" not in url:
             shutil.copyfile(Path(url).expanduser(), target)
         else:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, target.open("wb") as file:
+            with urllib.request.urlopen(_request(url), timeout=TIMEOUT) as answer, target.open("wb") as file:
                 shutil.copyfileobj(answer, file)
-    except (OSError, ValueError) as error:
-        raise ElaraError(f"cannot fetch {url} ({error}): check the address and the network") from error
+    except (OSError, ValueError, HTTPException) as error:
+        advice = "check the address and the network"
+        if isinstance(error, HTTPError) and error.code in (401, 403):
+            advice = "give the address with its user, password or token, also when a run goes on: runs do not keep them"
+        raise ElaraError(f"cannot fetch {bare(url)} ({error}): {advice}") from error
     return target
+
+
+def _request(url: str) -> urllib.request.Request:
+    """Asks for an address, with user and password in a header that no other server hears."""
+    parts = urlsplit(whole(url))
+    request = urllib.request.Request(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
+    if parts.username:
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
+    return request
 
 
 def _pip_download(archive: Archive, folder: Path) -> Path:

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -26,9 +27,10 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from elara import launch, runs
+from elara import addresses, launch, runs
 from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_UNREAD, ElaraError, Interrupted
 from elara.output import OutputClosedError, shield
+from elara.overrides import quoted, readable
 from elara.ranges import check_ranges
 
 Task = Callable[[DictConfig], None]
@@ -72,6 +74,9 @@ def hydra_main(
     def guarded(config: DictConfig) -> None:
         if not full_error:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+        hydra = HydraConfig.get()
+        if hydra.output_subdir is not None:
+            addresses.bare_files(Path(hydra.runtime.output_dir, hydra.output_subdir))
         try:
             if config_name != "train":  # that one checks inside, where what is refused leaves no trace
                 check_numbers(config)
@@ -88,6 +93,7 @@ def hydra_main(
     try:
         if rewrite is not None:
             sys.argv[1:] = rewrite(sys.argv[1:])
+        sys.argv[1:] = addresses.hide(readable(sys.argv[1:]))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own words
         main()
     except (Exception, KeyboardInterrupt) as error:
@@ -150,7 +156,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
-        return f"cannot read the override '{error.override}': write key=value, in quotes if the value has special signs"
+        key, equals, value = (error.override or "").partition("=")
+        advice = f"write it as {shlex.quote(f'{key}={quoted(value)}')}" if equals else "write key=value"
+        return f"cannot read the override '{error.override}': {advice}"
     if isinstance(error, InstantiationException):
         return _failed_target(error)
     if (cause := _in_chain(error, OmegaConfBaseException)) is not None:

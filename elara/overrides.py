@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+
+_PLAIN = re.compile(r"[A-Za-z0-9_./-]*")  # values that need no second look
 
 
 def is_override(argument: str) -> bool:
@@ -33,6 +36,23 @@ def quoted(value: str) -> str:
     # there, a backslash has a meaning only in front of a quote
     escaped = re.sub(r"(\\+)\Z", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", value))
     return f"'{escaped}'"
+
+
+def readable(arguments: list[str]) -> list[str]:
+    """Overrides whose values name a file or folder that is there, quoted where Hydra's grammar cannot read them."""
+    several = bool({"-m", "--multirun"} & set(arguments))
+    return [_readable(text, several) if is_override(text) else text for text in arguments]
+
+
+def _readable(override: str, several: bool) -> str:
+    key, _, value = override.partition("=")
+    if _PLAIN.fullmatch(value) or not os.path.exists(value):
+        return override
+    try:
+        read = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return f"{key}={quoted(value)}"
+    return f"{key}={quoted(value)}" if read.is_sweep_override() and not several else override
 
 
 def without(overrides: Iterable[str], *groups: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from elara.backends.base import BackendError
-from elara.backends.places import brief, library
+from elara.backends.places import brief, pretrained
 from elara.backends.transformers import DTYPES, Transformers, fastest
 from elara.errors import ElaraError
 
@@ -66,7 +66,10 @@ class AirLLM(Transformers):
 
     def _open(self, folder: Path, device: torch.device) -> Any:
         theirs = self._their_tokenizer(folder)
-        config = library().AutoConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            config = pretrained("AutoConfig", folder)
+        except Exception as error:  # of many kinds, all about this folder
+            raise BackendError("refused", f"airllm cannot load {self.model}: {brief(error)}") from error
         if not list(folder.glob("*.safetensors")):
             raise BackendError("refused", f"{folder} holds no safetensors: airllm cannot take its layers apart")
         shards = self.shards or self.cache / "airllm" / f"{folder.name}-{_stamp(folder)}"

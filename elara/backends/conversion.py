@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 
 from elara.backends.base import BackendError
-from elara.backends.places import brief, library
+from elara.backends.places import brief, library, pretrained
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -50,14 +50,14 @@ def converted(target: Path, get: Callable[[Path], Path], tokenizer: bytes | None
 
 
 def _convert(file: Path, folder: Path) -> None:
-    transformers = library()
+    library()  # which says it where it is not there
     if not file.is_file():
         raise BackendError("refused", f"there is no file {file}: check backend.gguf_file")
-    named = {"gguf_file": file.name, "local_files_only": True}
+    named = {"gguf_file": file.name}
     try:
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # a bar of its own
-            model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **named)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **named)
+            model = pretrained("AutoModelForCausalLM", file.parent, dtype=torch.bfloat16, **named)
+        tokenizer = pretrained("AutoTokenizer", file.parent, **named)
     except Exception as error:  # of many kinds, all about this file
         raise BackendError("refused", f"transformers cannot read {file.name}: {brief(error)}") from error
     model.hf_quantizer, model.is_quantized = None, False

@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult
 
+from elara.addresses import whole
 from elara.backends.base import BackendError, Messages, Params, TokenChoice
 from elara.backends.retry import Attempt, Failure, Limits
 from elara.backends.server import Server, broken_off, credentials, not_understood, parsed, shown
@@ -171,7 +172,7 @@ class Ollama(Server):
 def _address(host: str | None) -> SplitResult:
     """Where the server is, read as Ollama reads it."""
     key = "backend.host" if host else "OLLAMA_HOST"
-    host = host or os.environ.get("OLLAMA_HOST") or "127.0.0.1"
+    host = whole(host or os.environ.get("OLLAMA_HOST") or "127.0.0.1")
     if "://" in host:
         return parsed(host, key, EXAMPLE)
     parts = parsed(f"http://127.0.0.1{host}" if host.startswith(":") else f"http://{host}", key, EXAMPLE)

@@ -97,3 +97,19 @@ def library() -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
+
+
+def pretrained(kind: str, folder: Path, **options: Any) -> Any:
+    """What transformers' class `kind` makes of a folder. Raises ValueError where that would run a program in it.
+
+    transformers itself would ask on the terminal whether to run it.
+    """
+    try:
+        return getattr(library(), kind).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        advice = "take a model that transformers knows without"
+        raise ValueError(f"it brings a program of its own, which is never run: {advice}") from error

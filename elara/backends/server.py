@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from elara.addresses import whole
 from elara.backends.base import Answer, BackendError, Capabilities, Messages, Params, TopLogprobs, unsupported
 from elara.backends.retry import Attempt, Caller, Failure, Limits, concurrently
 from elara.backends.stopping import StopText
@@ -297,7 +298,7 @@ def _not_vectors() -> Failure:
 def parsed(url: str, key: str, example: str) -> SplitResult:
     """The parts of an http(s) address; BackendError that names the configuration's key when it is none."""
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(whole(url))
         fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         fine = False

@@ -16,7 +16,7 @@ from elara.backends.base import Answer, BackendError, Capabilities, Messages, Pa
 from elara.backends.causal import Causal, frame
 from elara.backends.conversion import TOKENIZER_FILE, converted
 from elara.backends.local import READ_AT_ONCE, TOKEN_LOGPROBS, free, memory_explained, no_memory, out_of_memory
-from elara.backends.places import brief, find_folder, library, revision_of
+from elara.backends.places import brief, find_folder, library, pretrained, revision_of
 from elara.data.hashes import file_hash
 from elara.device import find_device
 from elara.errors import ElaraError
@@ -191,7 +191,7 @@ class Transformers:
 
     def _their_tokenizer(self, folder: Path) -> Any:
         try:
-            return library().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return pretrained("AutoTokenizer", folder)
         except Exception as error:  # of many kinds, all about this folder
             raise BackendError("refused", f"transformers reads no tokenizer in {folder}: {brief(error)}") from error
 
@@ -208,7 +208,7 @@ class Transformers:
         dtype = fastest(device) if self.dtype == "auto" else DTYPES[self.dtype]
         try:
             with torch.random.fork_rng(devices=[]):
-                model = library().AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+                model = pretrained("AutoModelForCausalLM", folder, dtype=dtype)
             return model.to(device).eval()
         except Exception as error:
             if out_of_memory(error):

@@ -13,7 +13,7 @@ from elara.collect.config import PromptsConfig
 from elara.data import DataConfig
 from elara.data.hashes import digest
 from elara.data.passages import cut
-from elara.data.samples import SUFFIXES, Message, Sample, prompt_id, read_samples
+from elara.data.samples import SUFFIXES, Message, Sample, prompt_id, read_samples, sample_files
 from elara.data.sources import Source, open_source
 from elara.data.sources.samples import SampleSource
 from elara.errors import ElaraError
@@ -101,6 +101,7 @@ def _from_path(wanted: PromptsConfig) -> Iterator[Prompt | None]:
     path = Path(wanted.path).expanduser()
     if path.is_file() and path.suffix not in SUFFIXES:
         return (_text(text, wanted, "{passage}") for text in _pieces(path, wanted.split))
+    sample_files(path).note()
     return (_sample(sample, wanted) for sample in read_samples(path))
 
 

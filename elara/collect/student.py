@@ -10,7 +10,7 @@ from elara import checkpoint, runs
 from elara.errors import naming
 from elara.evaluation import HeldOutText
 from elara.evaluation.loss import cut_windows, measure_loss
-from elara.tokenizer.char import CharTokenizer
+from elara.tokenizer import TextError
 
 
 class Student:
@@ -19,12 +19,10 @@ class Student:
     def __init__(self, where: str, device: torch.device) -> None:
         self.path = runs.find_checkpoint(where)
         self._loaded = checkpoint.load(self.path, device=device)
-        tokenizer = self._loaded.tokenizer
-        self._characters = set(tokenizer.characters) if isinstance(tokenizer, CharTokenizer) else None
 
     def nats_per_byte(self, texts: Sequence[str]) -> list[float | None]:
-        """Of each text by itself, behind the end token; None where its tokenizer lacks a character."""
-        known = [i for i, text in enumerate(texts) if self._characters is None or set(text) <= self._characters]
+        """Of each text by itself, behind the end token; None where its tokenizer loses a character."""
+        known = [i for i, text in enumerate(texts) if self._keeps(text)]
         found: list[float | None] = [None] * len(texts)
         if known:
             passages = HeldOutText("answers", [texts[i] for i in known], len(known))
@@ -35,3 +33,10 @@ class Student:
             for i, nats, size in zip(known, loss.nats, loss.sizes, strict=True):
                 found[i] = nats / size
         return found
+
+    def _keeps(self, text: str) -> bool:
+        try:
+            self._loaded.tokenizer.encode_exactly(text)
+        except TextError:
+            return False
+        return True

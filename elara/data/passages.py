@@ -66,9 +66,9 @@ class Search:
                 "data.honeycomb.rag.k=0, or use another build of Python"
             ) from error
         for row, passage in enumerate(self.passages):
-            words = _words(passage)
-            self._holding.update(set(words))
-            self._index.execute("INSERT INTO passages (rowid, words) VALUES (?, ?)", (row, " ".join(words)))
+            own = words(passage)
+            self._holding.update(set(own))
+            self._index.execute("INSERT INTO passages (rowid, words) VALUES (?, ?)", (row, " ".join(own)))
 
     def best(self, question: str, k: int) -> list[str]:
         """At most k passages that share a word with the question, best first; of equals the earlier one.
@@ -76,8 +76,8 @@ class Search:
         Words of more than half of the passages are searched for only where there are no others: bm25 gives them no
         weight, and every passage would be found by them.
         """
-        words = sorted({*_words(question)} & self._holding.keys(), key=lambda word: (self._holding[word], word))
-        wanted = [word for word in words if 2 * self._holding[word] <= len(self.passages)][:WORDS] or words[:WORDS]
+        known = sorted({*words(question)} & self._holding.keys(), key=lambda word: (self._holding[word], word))
+        wanted = [word for word in known if 2 * self._holding[word] <= len(self.passages)][:WORDS] or known[:WORDS]
         if not wanted or k < 1:
             return []
         found = self._index.execute(
@@ -87,5 +87,6 @@ class Search:
         return [self.passages[row] for (row,) in found]
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, in small letters."""
     return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())

@@ -25,7 +25,7 @@ from elara.data.tokens import TokenFile, token_dtype
 from elara.errors import ElaraError
 from elara.tokenizer import Tokenizer, TokenizerConfig
 
-FORMAT_VERSION = 1  # of the prepared folder; part of its key
+FORMAT_VERSION = 2  # of the prepared folder; part of its key
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ On disk they are JSON lines or Parquet with the same columns. JSON lines:
     {"id": "...", "messages": [{"role": "user", "content": "..."}, ...], "source": "...", "weight": 1.0,
      "provenance": {...}}
 
-with `text` in place of `messages` for plain documents. In Parquet `provenance` is a JSON string.
+with `text` in place of `messages` for plain documents. In Parquet `provenance` is a JSON string. Messages may be in
+OpenAI's form (`elara.data.messages`): content in parts of text, `tool_calls`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elara.data.files import Found, walk
 from elara.data.hashes import digest
+from elara.data.messages import plain
+from elara.data.rows import PARQUET, json_values, parquet_rows, pyarrow
 from elara.errors import ElaraError
 from elara.tokenizer import ROLES
 
 Message = dict[str, str]  # role and content
 
-SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".jsonl", PARQUET)
 KEPT = "kept.jsonl"  # of a store of elara.collect: the samples beside it are the same ones and those that were rejected
 COLUMNS = ("id", "messages", "text", "source", "weight", "provenance")
 
@@ -32,7 +36,8 @@ class Sample:
     """A conversation (`messages`) or a document (`text`), one of the two.
 
     id: unique within its folder. source: the kind of thing it is: document, feedback, teacher, tool_use, ... weight:
-    how much it counts in training, 1 = as any other. provenance: JSON values about where it comes from.
+    how much it counts in training, 1 = as any other. provenance: JSON values about where it comes from. unread: keys of
+    the row it was read from, and of its messages, whose words are in none of these.
 
     Raises:
         ElaraError: neither or both of messages and text, an unknown role, a weight that is no number of at least 0.
@@ -44,6 +49,7 @@ class Sample:
     source: str = "document"
     weight: float = 1.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):
@@ -66,18 +72,22 @@ class Sample:
 
     @classmethod
     def of(cls, row: Any, where: str) -> Sample:
-        """From a JSON object; `where` names the place for errors. Keys that the schema lacks are ignored."""
+        """From a JSON object; `where` names the place for errors. Keys that the schema lacks are ignored (`unread`)."""
         if not isinstance(row, Mapping) or not isinstance(row.get("id"), str):
             raise ElaraError(f"{where} is not a sample: a JSON object with an id and messages or text is needed")
         messages, text, provenance = row.get("messages"), row.get("text"), row.get("provenance")
+        others = {key: value for key, value in row.items() if key not in COLUMNS}
+        unread = [key for key, value in others.items() if value and isinstance(value, list | Mapping)]
         try:
+            read = None if messages is None else [plain(message) for message in messages]
             return cls(
                 id=row["id"],
-                messages=None if messages is None else tuple({**message} for message in messages),
+                messages=None if read is None else tuple(message for message, _ in read),
                 text=text,
                 source=str(row.get("source") or "document"),
                 weight=float(1.0 if row.get("weight") is None else row["weight"]),
                 provenance=json.loads(provenance) if isinstance(provenance, str) else provenance or {},
+                unread=tuple(dict.fromkeys([*unread, *(key for _, keys in read or () for key in keys)])),
             )
         except (TypeError, ValueError, ElaraError) as error:
             raise ElaraError(f"{where}: {error}") from error
@@ -89,35 +99,36 @@ def prompt_id(messages: Iterable[Message]) -> str:
     return digest([[message["role"], message["content"]] for message in messages])
 
 
-def sample_files(path: Path | str) -> list[Path]:
+def sample_files(path: Path | str) -> Found:
     """The sample files of a path: itself, or all of a folder, by name; ElaraError if there are none.
 
     Of a store of elara.collect only what its filters kept is meant.
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
-        stores = {file.parent for file in files if file.name == KEPT}
-        files = [file for file in files if file.name == KEPT or file.parent not in stores]
-        if not files:
+        found = walk(place, lambda file: file.suffix in SUFFIXES)
+        stores = {file.parent for file in found.files if file.name == KEPT}
+        found.files = [file for file in found.files if file.name == KEPT or file.parent not in stores]
+        if not found.files:
             raise ElaraError(f"{path} holds no samples: files that end in {' or '.join(SUFFIXES)} are needed")
-        return files
+        return found
     if not place.is_file():
         raise ElaraError(f"{path} does not exist: give a file of samples or a folder of them")
     if place.suffix not in SUFFIXES:
         raise ElaraError(f"{path} is not a file of samples: its name must end in {' or '.join(SUFFIXES)}")
-    return [place]
+    return Found(place, [place])
 
 
 def read_samples(path: Path | str) -> Iterator[Sample]:
     """All samples of a file or folder, read only as far as they are asked for; ElaraError names file and line."""
-    for file in sample_files(path):
-        yield from _parquet(file) if file.suffix == ".parquet" else _json_lines(file)
+    for file in sample_files(path).files:
+        for where, row in parquet_rows(file) if file.suffix == PARQUET else json_values(file):
+            yield Sample.of(row, where)
 
 
 def write_parquet(file: Path, samples: Iterable[Sample], rows: int = 10_000) -> int:
     """Write samples as Parquet, `rows` at a time; returns how many. Needs pyarrow (extra `hub`)."""
-    pa, parquet = _pyarrow()
+    pa, parquet = pyarrow()
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     kinds = (pa.string(), pa.list_(message), pa.string(), pa.string(), pa.float64(), pa.string())
     schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
@@ -136,40 +147,3 @@ def write_parquet(file: Path, samples: Iterable[Sample], rows: int = 10_000) -> 
         if batch:
             flush()
     return count
-
-
-def _json_lines(file: Path) -> Iterator[Sample]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield Sample.of(_json(line, f"{file}, line {number}"), f"{file}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ElaraError(f"cannot read {file}: {error}") from error
-
-
-def _json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ElaraError(f"{where} is not JSON ({error}): mend or delete it") from error
-
-
-def _parquet(file: Path) -> Iterator[Sample]:
-    pa, parquet = _pyarrow()
-    try:
-        table = parquet.ParquetFile(file)
-        for group in range(table.num_row_groups):
-            for number, row in enumerate(table.read_row_group(group).to_pylist()):
-                yield Sample.of(row, f"{file}, row {number} of group {group}")
-    except (OSError, pa.ArrowException) as error:
-        raise ElaraError(f"cannot read {file}: {error}") from error
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ElaraError("Parquet files need an extra: pip install 'elara-hivemind[hub]'") from error
-    return pyarrow, pyarrow.parquet

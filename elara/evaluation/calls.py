@@ -146,7 +146,7 @@ def _replies(loaded: Loaded, chats: Sequence[Sequence[Message]], depth: int | No
     if not chats:
         return []
     tokenizer, context = loaded.tokenizer, loaded.config.model.context_length
-    prompts = [tokenizer.apply_chat(chat, generate=True)[0][-context:] for chat in chats]
+    prompts = [tokenizer.apply_chat(chat, generate=True, exact=True)[0][-context:] for chat in chats]
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS, stop=[tokenizer.end_id])
     written: list[list[int]] = [[] for _ in chats]
     for step in generate(

@@ -47,7 +47,7 @@ def held_out_prompts(text: HeldOutText, tokenizer: Tokenizer, count: int, length
         passage, share = divmod(i * len(text.passages), count)
         whole = text.passages[passage]
         start = len(whole) * share // count
-        ids = tokenizer.encode(whole[start : start + 16 * length])[:length]
+        ids = text.encode(passage, tokenizer, start, start + 16 * length)[:length]
         prompts.append(ids or [tokenizer.end_id])
     return prompts
 

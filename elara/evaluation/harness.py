@@ -60,7 +60,7 @@ class ElaraEval(TemplateLM):
         ids = list[int]()
         for i, part in enumerate(_RESERVED.split(string)):
             try:
-                ids += [int(part)] if i % 2 else self.loaded.tokenizer.encode(part)
+                ids += [int(part)] if i % 2 else self.loaded.tokenizer.encode_exactly(part).tolist()
             except ElaraError as error:
                 raise ElaraError(f"{self.name} cannot read a task's text: {error}") from error
         return ids
@@ -71,7 +71,7 @@ class ElaraEval(TemplateLM):
         Without `add_generation_prompt` the last message stays open, to be continued.
         """
         tokenizer = self.loaded.tokenizer
-        chat, _ = tokenizer.apply_chat(chat_history, generate=add_generation_prompt)
+        chat, _ = tokenizer.apply_chat(chat_history, generate=add_generation_prompt, exact=True)
         if not add_generation_prompt and chat and chat[-1] == tokenizer.end_id:
             chat.pop()
         text = ""

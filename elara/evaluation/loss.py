@@ -49,7 +49,7 @@ def cut_windows(text: HeldOutText, tokenizer: Tokenizer, context: int, stride: i
     """Tokenize every passage by itself and cut it into windows of `context` tokens.
 
     stride: tokens that each window behind the first scores; None = context. name: of the model, for messages. Raises
-    ElaraError when the tokenizer lacks a character or the stride is longer than the context.
+    ElaraError when the tokenizer loses a character or the stride is longer than the context.
     """
     if stride is not None and stride > context:
         raise ElaraError(f"eval.stride={stride} must be at most the context of {name}, {context} tokens")
@@ -62,7 +62,8 @@ def cut_windows(text: HeldOutText, tokenizer: Tokenizer, context: int, stride: i
         )
     windows = Windows([], [], [], 0)
     for i, passage in enumerate(text.passages):
-        cut = list(rolling_windows(tokenizer.encode(passage), tokenizer.end_id, context, stride or context))
+        ids = text.encode(i, tokenizer)
+        cut = list(rolling_windows(ids, tokenizer.end_id, context, stride or context))
         windows.requests += cut
         windows.passages += [i] * len(cut)
         windows.sizes.append(len(passage.encode("utf-8")))

@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from elara.data import DataConfig
 from elara.data.sources import open_source
+from elara.data.sources.base import INSIDE
 from elara.errors import ElaraError
+from elara.tokenizer import TextError, Tokenizer
 
 SPREAD = 16  # times the wanted text is read at most, to choose passages evenly from
 
 
+class Origin(NamedTuple):
+    """Where a passage is from: document and character, and the character before it ("" at a document's start)."""
+
+    document: int
+    start: int
+    before: str
+
+
 @dataclass
 class HeldOutText:
-    """Passages of a corpus's held-out part. title: the corpus in words. documents: how many they come from."""
+    """Passages of a corpus's held-out part. title: the corpus in words. documents: how many they come from.
+
+    origins: of each passage; [] = every one is a text of its own. place: as `Source.place`, of a document.
+    """
 
     title: str
     passages: list[str]
     documents: int
+    origins: list[Origin] = field(default_factory=list)
+    place: Callable[[int], tuple[str, int]] | None = None
+
+    def encode(self, passage: int, tokenizer: Tokenizer, start: int = 0, stop: int | None = None) -> list[int]:
+        """Ids of a passage's characters start..stop.
+
+        Raises TextError for what the tokenizer does not keep: a loss on it would be of another text.
+        """
+        origin = self.origins[passage] if self.origins else Origin(passage, 0, "")
+        whole = self.passages[passage]
+        try:
+            before = whole[:start][-1:] or origin.before
+            ids: list[int] = tokenizer.encode_exactly(whole[start:stop], before=before).tolist()
+        except TextError as error:
+            name, first = (f"passage {passage + 1}", 0) if self.place is None else self.place(origin.document)
+            raise error.within(name, first + origin.start + start).within(f"the {self.title}") from error
+        return ids
 
     @property
     def bytes(self) -> int:
@@ -35,18 +66,25 @@ def held_out_text(data: DataConfig, root: Path, *, max_bytes: int | None = None,
     """
     title = f"held-out part of {data.name}" + (f" {data.path}" if data.path else "")
     limit = None if max_bytes is None else SPREAD * max_bytes
-    passages: list[str] = []
+    source = open_source(data, root)
+    passages, origins = list[str](), list[Origin]()
     documents = size = 0
-    for document in open_source(data, root).documents("val"):
+    for document in source.documents("val"):
         cut = _cut(document, passage)
         passages += cut
+        befores = [INSIDE if source.place("val", documents)[1] else "", *(piece[-1:] for piece in cut)]
+        origins += [Origin(documents, i * passage, before) for i, before in enumerate(befores[: len(cut)])]
         documents += 1
         size += sum(len(piece.encode("utf-8")) for piece in cut)
         if limit is not None and size >= limit:
             break
     if not size:
         raise ElaraError(f"the held-out part of data={data.name} is empty: give more text or set data.val_fraction")
-    return HeldOutText(title, _spread(passages, size, max_bytes), documents)
+    chosen = _spread(len(passages), size, max_bytes)
+    passages, origins = [passages[i] for i in chosen], [origins[i] for i in chosen]
+    if max_bytes is not None and len(chosen) == 1:
+        passages = [passages[0].encode("utf-8")[:max_bytes].decode("utf-8", "ignore") or passages[0][:1]]
+    return HeldOutText(title, passages, documents, origins, lambda document: source.place("val", document))
 
 
 def _cut(document: Iterable[str], length: int) -> list[str]:
@@ -55,12 +93,9 @@ def _cut(document: Iterable[str], length: int) -> list[str]:
     return [whole[start : start + length] for start in range(0, len(whole), length)]
 
 
-def _spread(passages: list[str], size: int, max_bytes: int | None) -> list[str]:
-    """Passages at even distances that hold about `max_bytes` together; at least one, cut when it is larger."""
+def _spread(passages: int, size: int, max_bytes: int | None) -> list[int]:
+    """Which of so many passages, at even distances, hold about `max_bytes` of `size` together; at least one."""
     if max_bytes is None or size <= max_bytes:
-        return passages
-    count = max(1, round(len(passages) * max_bytes / size))
-    chosen = [passages[i * len(passages) // count] for i in range(count)]
-    if count == 1:
-        chosen = [chosen[0].encode("utf-8")[:max_bytes].decode("utf-8", "ignore") or chosen[0][:1]]
-    return chosen
+        return list(range(passages))
+    count = max(1, round(passages * max_bytes / size))
+    return [i * passages // count for i in range(count)]

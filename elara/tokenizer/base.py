@@ -22,6 +22,31 @@ FORMAT_VERSION = 1
 Ids = NDArray[np.uint32]
 
 
+class TextError(ElaraError):
+    """A text that a tokenizer cannot keep as it is; the sentence names the first place where.
+
+    before, after: the sentence around `position N`. position: of the first character in question, from 0. place: what
+    the text is, if that is known: a file, a message of a sample.
+    """
+
+    def __init__(self, before: str, position: int, after: str, place: str = "") -> None:
+        super().__init__(f"{before}position {position}{place and f' of {place}'}{after}")
+        self.before, self.position, self.after, self.place = before, position, after, place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextError, (self.before, self.position, self.after, self.place)
+
+    def within(self, place: str, start: int = 0) -> TextError:
+        """The same error, where the text is a part of `place` that begins at its character `start`."""
+        whole = f"{self.place} of {place}" if self.place else place
+        return TextError(self.before, self.position + start, self.after, whole)
+
+    @classmethod
+    def surrogate(cls, error: UnicodeEncodeError) -> TextError:
+        """Half a character, which no tokenizer reads: JSON has it as an escape that was cut in two."""
+        return cls("the text is not valid Unicode (lone surrogate at ", error.start, "): mend or leave it out")
+
+
 class StreamDecoder(Protocol):
     """Turns ids into text one by one; the pieces joined equal `Tokenizer.decode` of all ids."""
 
@@ -79,34 +104,49 @@ class Tokenizer(ABC):
     def _restore(cls, files: Mapping[str, bytes]) -> Tokenizer:
         """Inverse of `_files`."""
 
+    def encode_exactly(self, text: str, *, before: str = "") -> Ids:
+        """Ids of a text that is learned from or measured on: decoding gives back this very text, or there are none.
+
+        before: the character that stands before the text, where it is a later part of one; some tokenizers write the
+        start of a text otherwise.
+
+        Raises:
+            TextError: the tokenizer does not keep the text; names the first place and what is lost.
+        """
+        return self.encode_array(text)
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; raises ElaraError for a character that the vocabulary lacks."""
         return self.encode_array(text).tolist()  # type: ignore[no-any-return]
 
     def apply_chat(
-        self, messages: Sequence[Mapping[str, str]], *, generate: bool = False
+        self, messages: Sequence[Mapping[str, str]], *, generate: bool = False, exact: bool = False
     ) -> tuple[list[int], list[bool]]:
         """A conversation as `role text end role text end ...`.
 
         Args:
             messages: each with `role` (system, user, assistant, tool) and `content`.
             generate: append the assistant's role id, so that the model answers next.
+            exact: for what is learned or measured, see `encode_exactly`.
 
         Returns:
             ids and a mask of the same length: True for ids to be learned (the assistant's text and its end).
 
         Raises:
-            ElaraError: unknown role or missing content.
+            ElaraError: unknown role or missing content; with `exact`, contents that the tokenizer does not keep.
         """
         ids: list[int] = []
         learn: list[bool] = []
-        for message in messages:
+        for number, message in enumerate(messages, 1):
             role, content = message.get("role"), message.get("content")
             if role not in self.role_ids:
                 raise ElaraError(f"unknown role {role!r} in a message: use one of {', '.join(ROLES)}")
             if not isinstance(content, str):
                 raise ElaraError(f"a message of role {role} has no text under 'content'")
-            text = self.encode(content)
+            try:
+                text = self.encode_exactly(content).tolist() if exact else self.encode(content)
+            except TextError as error:
+                raise error.within(f"message {number}") from error
             ids += [self.role_ids[role], *text, self.end_id]
             learn += [False] + [role == "assistant"] * (len(text) + 1)
         if generate:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from elara.errors import ElaraError
-from elara.tokenizer.base import ByteDecoding, Ids
+from elara.tokenizer.base import ByteDecoding, Ids, TextError
 
 
 class ByteTokenizer(ByteDecoding):
@@ -22,7 +21,7 @@ class ByteTokenizer(ByteDecoding):
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ElaraError(f"the text is not valid Unicode (lone surrogate at position {error.start})") from error
+            raise TextError.surrogate(error) from error
         return np.frombuffer(data, dtype=np.uint8).astype(np.uint32)
 
     def _files(self) -> dict[str, bytes]:

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from elara.errors import ElaraError
-from elara.tokenizer.base import ByteDecoding, Ids
+from elara.tokenizer.base import ByteDecoding, Ids, TextError
 
 _UNKNOWN = np.uint32(0xFFFFFFFF)
 
@@ -30,10 +29,9 @@ class CharTokenizer(ByteDecoding):
         ids: Ids = self._table[np.minimum(points, len(self._table) - 1)]
         if (unknown := ids == _UNKNOWN).any():
             at = int(unknown.argmax())
-            raise ElaraError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}, position {at}) is not in the vocabulary of "
-                f"{len(self.characters)} characters: leave it out or use tokenizer=byte"
-            )
+            after = f") is not in the vocabulary of {len(self.characters)} characters"
+            advice = "leave it out or use tokenizer=byte"
+            raise TextError(f"character {text[at]!r} (U+{ord(text[at]):04X}, ", at, f"{after}: {advice}")
         return ids
 
     def _files(self) -> dict[str, bytes]:

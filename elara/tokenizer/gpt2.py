@@ -11,8 +11,7 @@ import numpy as np
 import tiktoken
 
 from elara import archives
-from elara.errors import ElaraError
-from elara.tokenizer.base import ByteDecoding, Ids
+from elara.tokenizer.base import ByteDecoding, Ids, TextError
 
 MERGES_FILE = "vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -44,7 +43,7 @@ class GPT2Tokenizer(ByteDecoding):
             ]
             return np.concatenate(pieces).astype(np.uint32, copy=False)
         except UnicodeEncodeError as error:
-            raise ElaraError(f"the text is not valid Unicode (lone surrogate at position {error.start})") from error
+            raise TextError.surrogate(error) from error
 
     def _files(self) -> dict[str, bytes]:
         return {MERGES_FILE: self._merges}

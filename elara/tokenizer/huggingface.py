@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from elara.errors import ElaraError
-from elara.tokenizer.base import Ids, StreamDecoder, Tokenizer
+from elara.tokenizer.base import Ids, StreamDecoder, TextError, Tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 TOKENIZER_FILE = "tokenizer.json"
 END_FILE = "end_token.txt"
+SHOWN = 16  # characters of a text that a message shows
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -35,10 +36,27 @@ class HuggingFaceTokenizer(Tokenizer):
         self.markers = frozenset(token for token, about in added.items() if about.special)
 
     def encode_array(self, text: str) -> Ids:
+        return np.array(self._plain_ids(text), dtype=np.uint32)
+
+    def encode_exactly(self, text: str, *, before: str = "") -> Ids:
+        if before:  # a start of its own could get a space that is not there, or lose one
+            first, both = self._plain_ids(before), self._plain_ids(before + text)
+            if both[: len(first)] == first and self._spelled(both) == before + text:
+                return np.array(both[len(first) :], dtype=np.uint32)
+        ids = self._plain_ids(text)
+        if (back := self._spelled(ids)) != text:
+            raise _lost(text, back)
+        return np.array(ids, dtype=np.uint32)
+
+    def _plain_ids(self, text: str) -> list[int]:
         try:
-            return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+            return self._backend.encode(text, add_special_tokens=False).ids
         except UnicodeEncodeError as error:
-            raise ElaraError(f"the text is not valid Unicode (lone surrogate at position {error.start})") from error
+            raise TextError.surrogate(error) from error
+
+    def _spelled(self, ids: list[int]) -> str:
+        """What `decode` gives, in one call of the library where no id stands for an end."""
+        return self.decode(ids) if self.end_id in ids else self._backend.decode(ids, skip_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         stream = self.stream_decoder()
@@ -71,6 +89,15 @@ class HuggingFaceTokenizer(Tokenizer):
         except OSError as error:
             raise ElaraError(f"cannot read tokenizer.path={path}: {error.strerror or error}") from error
         return cls(data, end_token)
+
+
+def _lost(text: str, back: str) -> TextError:
+    """Where a text and what comes back of it part."""
+    at = next((i for i, (one, other) in enumerate(zip(text, back, strict=False)) if one != other),
+              min(len(text), len(back)))  # fmt: skip
+    given, got = text[at : at + SHOWN] or "its end", back[at : at + SHOWN]
+    after = f"): it gives back {got!r} for {given!r}; take one that keeps it, as byte or gpt2 do, or change the text"
+    return TextError("this tokenizer loses text (", at, after)
 
 
 class _WindowStream:

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
-from elara import checkpoint
+from elara import addresses, checkpoint
 from elara import tokenizer as tokenizers
 from elara.config import ElaraConfig
 from elara.data.batches import NOTHING, Consumed
@@ -110,8 +110,9 @@ def hush() -> None:
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values, with `trainer.precision=auto` replaced by what it means here."""
-    settings = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    """The configuration as plain values that may be kept: addresses without credentials, and with
+    `trainer.precision=auto` replaced by what it means here."""
+    settings = cast(dict[str, Any], addresses.bare_values(OmegaConf.to_container(config, resolve=True)))
     if not re.fullmatch(r"[\w.-]+", settings["name"]):
         raise ElaraError(f"name={settings['name']} names a folder: use letters, digits, '.', '-' and '_' only")
     for key in PATHS:  # the run may go on in another folder

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from elara.backends import Answer, BackendError, Params
+from elara.backends.airllm import AirLLM
 from elara.backends.transformers import Transformers
 from elara.errors import ElaraError
 from elara.tokenizer import TokenizerConfig, build
@@ -388,3 +392,31 @@ def test_a_gguf_file_that_cannot_be_read_leaves_nothing_behind(tmp_path: Path) -
         Transformers(str(tmp_path / "bad.gguf"), cache=str(tmp_path / "cache")).embed(["x"])
     assert "\n" not in str(error.value)
     assert [file for file in (tmp_path / "cache").iterdir() if file.is_dir()] == []
+
+
+@pytest.mark.parametrize("kind", [Transformers, AirLLM])
+@pytest.mark.parametrize("where", ["model", "tokenizer"])
+def test_a_program_in_a_model_folder_is_refused_without_a_question(
+    kind: type[Transformers], where: str, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(llama, folder)
+    program = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+    program += "from transformers import PreTrainedTokenizerFast\n"
+    program += "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    program += "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    program += "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    (folder / "own.py").write_text(program)
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    changes: dict[str, dict[str, Any]] = {"config.json": {"model_type": "own", "auto_map": names}}
+    if where == "tokenizer":
+        changes = {"tokenizer_config.json": {"tokenizer_class": "OwnTokenizer",
+                                             "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}}  # fmt: skip
+    for name, more in changes.items():
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **more}))
+    asked = io.StringIO("y\n" * 20)
+    monkeypatch.setattr(sys, "stdin", asked)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(BackendError, match="a program of its own, which is never run") as error:
+        kind(str(folder), device="cpu").top_logprobs(torch.zeros(1, 4, dtype=torch.long), 2)
+    assert "\n" not in str(error.value) and asked.tell() == 0 and not ran.exists()

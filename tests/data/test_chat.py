@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ import torch
 from elara.data import DataConfig, prepare
 from elara.data.config import ReplayConfig
 from elara.data.module import ElaraData
-from elara.data.samples import Sample
+from elara.data.samples import Sample, prompt_id
 from elara.data.sources import open_source
-from elara.data.sources.samples import Chat
+from elara.data.sources.base import SPLITS
+from elara.data.sources.samples import Chat, open_samples
 from elara.errors import ElaraError
 from elara.tokenizer import TokenizerConfig
+from elara.tokenizer.calls import parse_call
 
 BYTES = TokenizerConfig("byte")
 
@@ -70,11 +73,11 @@ def test_texts_are_learned_whole(write, tmp_path):
             assert set(weights) == {2.0}
 
 
-def test_the_split_is_by_id_alone_and_near_the_fraction(write, tmp_path):
+def test_the_split_is_by_question_alone_and_near_the_fraction(write, tmp_path):
     first = Chat(write(map(talk, range(500))).path, 0.2, tmp_path)
     split = {sample.id: first.split_of(sample) for sample in first.samples()}
     assert 70 < list(split.values()).count("val") < 130
-    more = Chat(write(map(talk, range(300, 800)), name="more.jsonl").path, 0.2, tmp_path)
+    more = Chat(write(map(talk, range(300, 800)), name="more.jsonl").path, 0.2, tmp_path)  # of another id as well
     assert all(split.get(sample.id, more.split_of(sample)) == more.split_of(sample) for sample in more.samples())
 
 
@@ -86,6 +89,117 @@ def test_what_several_teachers_answered_to_one_prompt_is_never_divided(write, tm
     assert not found["train"] & found["val"] and 20 < len(found["val"]) < 60
     documents = [len(list(source.documents(split))) for split in ("train", "val")]
     assert documents == [3 * len(found["train"]), 3 * len(found["val"])]
+
+
+def test_a_question_stands_in_one_part_however_often_it_is_asked(write, tmp_path):
+    """Under other ids, answers and system messages, alone and at the beginning of a longer talk, named or not."""
+    rows = list[Sample]()
+    for i in range(100):
+        asked, answer = {"role": "user", "content": f"question {i}?"}, {"role": "assistant", "content": "yes"}
+        system, more = {"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}
+        for name, messages in (
+            ("a", [asked, answer]), ("b", [system, asked, {**answer, "content": "no"}]),
+            ("c", [asked, answer, more, answer]), ("d", [{**answer, "content": "Hello."}, asked, answer]),
+        ):  # fmt: skip
+            named = {"prompt": prompt_id(messages[:-1])} if name in "bc" else {}  # as elara.collect writes it
+            rows.append(Sample(f"{name}{i}", tuple(messages), provenance=named))
+    source = Chat(write(rows).path, 0.2, tmp_path)
+    found = {split: {sample.id[1:] for sample in source.samples_of(split)} for split in ("train", "val")}
+    assert not found["train"] & found["val"] and 8 < len(found["val"]) < 35
+
+
+def test_made_talk_is_held_out_by_its_words(tmp_path):
+    source = open_samples(DataConfig(source="tool_use", samples=2000, val_fraction=0.1), tmp_path)
+    found: dict[str, set[str]] = {}
+    for split in SPLITS:
+        samples = [sample for sample in source.samples_of(split) if sample.provenance["family"] == "talk"]
+        asked = [m["content"] for sample in samples for m in sample.messages or () if m["role"] == "user"]
+        found[split] = {re.sub(r"\W", "", text).lower() for text in asked}
+    assert len(found["train"]) > 50 and len(found["val"]) > 4
+    assert not found["train"] & found["val"]
+
+
+CALL = {"id": "x", "type": "function", "function": {"name": "calculate", "arguments": '{"expression": "2*3"}'}}
+
+
+def test_openai_s_tool_calls_are_written_as_models_learn_them(write, tmp_path, capsys):
+    rows = []
+    for i in range(40):
+        call = {**CALL, "function": {"name": "calculate", "arguments": json.dumps({"expression": f"2*{i}"})}}
+        parts = [{"type": "text", "text": "Double "}, {"type": "text", "text": f"{i}"}]
+        messages = [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+            {"role": "tool", "content": str(2 * i), "tool_call_id": "x"},
+            {"role": "assistant", "content": f"It is {2 * i}.", "tool_calls": []},
+        ]  # fmt: skip
+        rows.append(json.dumps({"id": f"x{i}", "messages": messages}))
+    prepared = prepare(write(rows), BYTES, tmp_path / "data")
+    tokenizer = prepared.tokenizer
+    for ids, weights in documents(prepared.train):
+        said = tokenizer.decode([token for token, weight in zip(ids, weights, strict=True) if weight])
+        begun, _, answer = said.partition("</tool_call>")
+        made = parse_call(begun + "</tool_call>")
+        assert made is not None
+        number = int(made.arguments["expression"].removeprefix("2*"))
+        wanted = conversation_of(made, f"Double {number}", str(2 * number), f"It is {2 * number}.")
+        assert ids == tokenizer.apply_chat(wanted)[0] and answer == f"It is {2 * number}."
+    assert capsys.readouterr().err == ""
+
+
+def conversation_of(call, question, said, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": call.text()},
+            {"role": "tool", "content": said}, {"role": "assistant", "content": answer}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("message", "content"),
+    [
+        ({"content": "Let me see.", "tool_calls": [CALL]}, 'Let me see.\n<tool_call>{"name": "calculate", "arguments": '
+         '{"expression": "2*3"}}</tool_call>'),
+        ({"content": "", "tool_calls": [CALL, {"name": "now", "arguments": {}}]}, '<tool_call>{"name": "calculate", '
+         '"arguments": {"expression": "2*3"}}</tool_call>\n<tool_call>{"name": "now", "arguments": {}}</tool_call>'),
+        ({"content": None, "function_call": {"name": "now", "arguments": ""}},
+         '<tool_call>{"name": "now", "arguments": {}}</tool_call>'),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "ab"),
+    ],
+)  # fmt: skip
+def test_calls_stand_behind_the_words_a_line_each(message, content):
+    asked = {"role": "user", "content": "?"}
+    sample = Sample.of({"id": "s", "messages": [asked, {"role": "assistant", **message}]}, "here")
+    assert sample.messages is not None and not sample.unread
+    assert sample.messages[1] == {"role": "assistant", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"content": "", "tool_calls": [{"name": "f", "arguments": "{"}]}, "arguments that are no JSON object"),
+        ({"content": "", "tool_calls": [{"name": "f", "arguments": "[1]"}]}, "arguments that are no JSON object"),
+        ({"content": "", "tool_calls": [{"function": {"arguments": "{}"}}]}, "a tool call without a name"),
+        ({"content": "", "tool_calls": {"name": "f"}}, "tool_calls that are no list"),
+        ({"content": "", "tool_calls": [CALL], "role": "user"}, "role user calls a tool"),
+        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "a part of type image_url"),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "a part of type refusal"),
+        ({"content": None, "refusal": "I cannot."}, "no content but words under refusal"),
+        ({"content": None}, "without content"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_with_file_and_line(write, tmp_path, message, why):
+    row = {"id": "bad", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", **message}]}
+    with pytest.raises(ElaraError, match=rf"chat\.jsonl, line 2: .*{why}"):
+        prepare(write([talk(1), json.dumps(row)]), BYTES, tmp_path / "data")
+
+
+def test_words_that_are_not_learned_are_named(write, tmp_path, capsys):
+    rows = []
+    for i in range(40):
+        row = talk(i).row()
+        row["messages"][1] |= {"reasoning_content": "Hm."} if i < 3 else {"audio": None, "index": 1}
+        rows.append(json.dumps({**row, "tools": [CALL] if i == 7 else []}))
+    prepare(write(rows), BYTES, tmp_path / "data")
+    note = "note: words under these keys are not learned: reasoning_content (3 samples), tools (1 samples)\n"
+    assert capsys.readouterr().err == note
 
 
 def test_changed_samples_are_prepared_anew(write, tmp_path):
@@ -111,9 +225,11 @@ def test_windows_hold_whole_conversations_and_weights_come_along(write, tmp_path
 
 
 def test_what_is_longer_than_a_window_is_split_and_said(write, tmp_path, capsys):
-    module = ElaraData(write([*map(talk, range(50)), talk(99, "long " * 40)]), BYTES, tmp_path / "data", seed=1, seq=64)
+    module = ElaraData(write([*map(talk, range(50)), talk(62, "long " * 40)]), BYTES, tmp_path / "data", seed=1, seq=64)
     module.train_batches()
-    assert capsys.readouterr().err == "note: 1 of 43 documents is longer than a window of 64 tokens and is split\n"
+    documents = len(module.prepared.train.ends)
+    wanted = f"note: 1 of {documents} documents is longer than a window of 64 tokens and is split\n"
+    assert documents > 35 and capsys.readouterr().err == wanted
 
 
 def test_samples_without_words_of_an_assistant_are_left_out_and_counted(write, tmp_path, capsys):

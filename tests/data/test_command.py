@@ -1,8 +1,13 @@
 """`python -m elara.data`: prepares and says what is there."""
 
 import os
+import shlex
 import subprocess
 import sys
+
+import pytest
+
+from elara.data.__main__ import main
 
 
 def command(root, *arguments):
@@ -29,3 +34,19 @@ def test_mistakes_are_one_line(tmp_path):
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
         assert word in result.stderr
+
+
+@pytest.mark.parametrize("name", ["a=b.txt", "[x].txt", "it's.txt", "данные.txt", "a,b.txt", "a b {c}.txt", "a.txt"])
+def test_files_of_any_name_are_read(in_process, tmp_path, name):
+    (tmp_path / name).write_text("0123456789" * 100)
+    code, out, err = in_process(main, tmp_path, "data=text", f"data.path={name}", "tokenizer=byte")
+    assert code == 0 and "900" in out, err
+
+
+def test_an_override_that_cannot_be_read_is_shown_as_it_can(in_process, tmp_path):
+    code, _, err = in_process(main, tmp_path, "data=text", "data.path=нет its.txt", "tokenizer=byte")
+    assert code == 1 and err.count("\n") == 1
+    (advice,) = shlex.split(err.rpartition("write it as ")[2])
+    (tmp_path / "нет its.txt").write_text("0123456789" * 100)
+    code, out, err = in_process(main, tmp_path, "data=text", advice, "tokenizer=byte")
+    assert code == 0 and "900" in out, err

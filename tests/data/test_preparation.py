@@ -1,6 +1,7 @@
 """Prepared folders: built once, whole or not at all, anew when source or tokenizer change."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from elara.data import DataConfig, open_prepared, prepare
 from elara.data import hashes as hashes_module
+from elara.data.sources import text as text_module
 from elara.errors import ElaraError
 from elara.tokenizer import TokenizerConfig
 
@@ -171,3 +173,54 @@ def test_processes_at_once_build_one_folder(corpus, tmp_path):
     assert visible(tmp_path / "data") == [os.path.basename(folders.pop())]
     assert not list((tmp_path / "data" / "prepared").glob(".build-*"))
     run(corpus, tmp_path / "data")
+
+
+@pytest.fixture
+def small_letters(tmp_path):
+    """A tokenizer.json that knows small letters, space, full stop and line break, and drops all else."""
+    hf = pytest.importorskip("tokenizers")
+    names = "abcdefghijklmnopqrstuvwxyz .\n"
+    backend = hf.Tokenizer(hf.models.BPE(vocab={c: i for i, c in enumerate(names)}, merges=[]))
+    backend.decoder = hf.decoders.Fuse()
+    backend.save(str(tmp_path / "letters.json"))
+    return TokenizerConfig("huggingface", path=str(tmp_path / "letters.json"))
+
+
+KEPT = "the cat sat on a mat.\n"
+LOST = "the cat sat on Ψ mat.\n"
+
+
+@pytest.mark.parametrize(("lines", "where"), [(1000, 22 * 500 + 15), (10, 22 * 9 + 15)])
+def test_text_that_the_tokenizer_loses_is_refused_with_its_place(small_letters, tmp_path, monkeypatch, lines, where):
+    monkeypatch.setattr(text_module, "PIECE", 100)  # several pieces
+    monkeypatch.setattr(text_module, "TAIL", 50)
+    file = tmp_path / "mixed.txt"
+    file.write_text(KEPT * (where // 22) + LOST + KEPT * (lines - where // 22 - 1), "utf-8")  # in train; in val
+    data = DataConfig(name="text", source="text", path=str(file))
+    with pytest.raises(ElaraError, match=rf"position {where} of {file}\).*gives back .* for 'Ψ mat") as error:
+        prepare(data, small_letters, tmp_path / "data")
+    assert "\n" not in str(error.value) and not visible(tmp_path / "data")
+    file.write_text(KEPT * lines)
+    both = prepare(data, small_letters, tmp_path / "data")
+    assert "".join(both.tokenizer.decode(tokens.tokens.tolist()) for tokens in (both.train, both.val)) == KEPT * lines
+
+
+def test_lost_text_is_named_in_folders_tables_and_conversations(small_letters, tmp_path):
+    folder, rows, talk = tmp_path / "texts", tmp_path / "rows.jsonl", tmp_path / "talk.jsonl"
+    folder.mkdir()
+    for i in range(9):
+        (folder / f"{i}.txt").write_text(KEPT * 10 + (LOST if i == 7 else ""), "utf-8")
+    lines = [json.dumps({"id": str(i), "text": KEPT if i != 5 else LOST}) for i in range(20)]
+    rows.write_text("\n".join(lines))
+    asked = {"role": "user", "content": "who is there."}
+    samples = [{"id": f"s{i}", "messages": [asked, {"role": "assistant", "content": KEPT if i != 5 else LOST}]}
+               for i in range(30)]  # fmt: skip
+    talk.write_text("\n".join(map(json.dumps, samples)))
+    cases = [("text", folder, f"position 235 of {folder / '7.txt'}")]
+    cases.append(("chat", talk, "position 15 of message 2 of sample s5 of "))
+    if importlib.util.find_spec("datasets"):
+        cases.append(("jsonl", rows, f"position 15 of row 6 of {rows}"))
+    for source, path, place in cases:
+        with pytest.raises(ElaraError) as error:
+            prepare(DataConfig(name="x", source=source, path=str(path)), small_letters, tmp_path / "data")
+        assert place in str(error.value)

@@ -1,5 +1,6 @@
 """Tables of documents in OpenWebText's format: local parquet and JSON lines, shards, kills, an absent hub."""
 
+import gzip
 import json
 import os
 import random
@@ -208,5 +209,77 @@ def test_incomplete_settings_name_their_key(folder, tmp_path, options, match):
 
 def test_a_missing_extra_names_the_command(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ElaraError, match=r"pip install 'elara-hivemind\[hub\]'"):
-        run(folder, tmp_path / "data")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for data in (DataConfig(source="hub", path=str(folder)), DataConfig(source="hub", dataset="someone/something")):
+        with pytest.raises(ElaraError, match=r"pip install 'elara-hivemind\[hub\]'"):
+            prepare(data, TokenizerConfig("byte"), tmp_path / "data")
+
+
+def test_files_may_differ_in_columns_that_are_not_read_and_shards_be_empty(tmp_path):
+    rows, folder = documents(60), tmp_path / "shards"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": rows[:20], "n": list(range(20))}), folder / "a.parquet")
+    pq.write_table(pa.table({"extra": rows[:20], "text": rows[20:40]}), folder / "b.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "c.parquet")
+    pq.write_table(pa.table({"text": pa.array(rows[40:], pa.large_string())}), folder / "d[1].parquet")
+    prepared = run(folder, tmp_path / "data", source="parquet")
+    assert sorted(texts(prepared, "train") + texts(prepared, "val")) == sorted(rows)
+    lines = tmp_path / "lines"
+    lines.mkdir()
+    for name, part, more in (("a", rows[:30], 1), ("b", rows[30:], "one"), ("c", [], None)):
+        made = [json.dumps({"text": text, name: more, "x": more}) + "\n" for text in part]
+        (lines / f"{name}.jsonl").write_text("".join(made))
+    prepared = run(lines, tmp_path / "data", source="jsonl")
+    assert sorted(texts(prepared, "train") + texts(prepared, "val")) == sorted(rows)
+
+
+def test_messages_name_the_file(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": documents(20)}), folder / "a.parquet")
+    for name, table, message in (
+        ("b", pa.table({"words": ["x"]}), "data.text_field=text is not a column of .*b.parquet; it has words"),
+        ("c", pa.table({"text": ["x", "y"], "n": [1, 2]}), None),
+        ("d", pa.table({"text": [1, 2]}), "row 1 of .*d.parquet: column text holds int, not text"),
+    ):
+        pq.write_table(table, folder / f"{name}.parquet")
+        if message is not None:
+            with pytest.raises(ElaraError, match=message):
+                run(folder, tmp_path / "data", source="parquet")
+            (folder / f"{name}.parquet").unlink()
+    (folder / "e.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ElaraError, match=r"cannot read .*e\.parquet") as error:
+        run(folder, tmp_path / "data", source="parquet")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": ', r"a\.jsonl, line 2 is not JSON"),
+        ("a.jsonl", '{"text": "He said hi \\ud83d and left."}\n', r"line 1 has half a character \(\\ud83d"),
+        ("a.jsonl", '["a"]\n', "line 1 is no JSON object"),
+        ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("a.json", '{\n"text": "a"\n}', r"a\.json, line 1 is not JSON"),
+        ("a.jsonl.gz", '{"text": "a"}\n', r"cannot read .*a\.jsonl\.gz"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', r"cannot read .*a\.jsonl"),
+    ],
+)
+def test_bad_json_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ElaraError, match=message) as error:
+        run(tmp_path / name, tmp_path / "data", source="jsonl")
+    assert "\n" not in str(error.value)
+
+
+def test_json_files_of_all_kinds_hold_the_same(tmp_path):
+    rows = [{"text": text} for text in documents(30)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, content in (
+        ("a.jsonl", lines.encode()), ("b.json", json.dumps(rows, indent=1).encode()),
+        ("c.jsonl", b"\xef\xbb\xbf" + lines.encode()),
+        ("d.jsonl.gz", gzip.compress(lines.encode())), ("e.json", lines.replace("\n", "\n\n").encode()),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        prepared = run(tmp_path / name, tmp_path / "data", source="jsonl")
+        assert sorted(texts(prepared, "train") + texts(prepared, "val")) == sorted(row["text"] for row in rows), name

@@ -127,3 +127,38 @@ def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "texts").mkdir()
     with pytest.raises(ElaraError, match="at least two"):
         prepared(tmp_path / "texts", tmp_path / "data")
+
+
+BOOK = "It was a dark and stormy night.\n" * 600
+
+
+@pytest.mark.parametrize("small", ["notes\n", "", "x" * 400])
+def test_a_nearly_empty_file_is_no_validation(tmp_path, small):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for i in (1, 2, 3):
+        (folder / f"book{i}.txt").write_text(BOOK)
+    (folder / "NOTES.txt").write_text(small)
+    for root in ("one", "two"):  # the same every time
+        both = prepared(folder, tmp_path / root)
+        assert decoded(both, "val") == BOOK
+        assert sorted(both.manifest["sha256"]) == ["NOTES.txt", "book1.txt", "book2.txt", "book3.txt"]
+        assert len(both.train.ends) == 3
+
+
+def test_two_books_and_a_note_hold_out_a_book(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name, text in (("a.txt", BOOK), ("b.txt", BOOK * 2), ("c.txt", "note"), ("d.txt", "")):
+        (folder / name).write_text(text)
+    assert decoded(prepared(folder, tmp_path / "data"), "val") == BOOK
+
+
+@pytest.mark.parametrize("small", ["notes\n", ""])
+def test_a_single_book_beside_a_note_is_refused(tmp_path, small):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "book.txt").write_text(BOOK)
+    (folder / "NOTES.txt").write_text(small)
+    with pytest.raises(ElaraError, match=r"nearly all text is in .*book\.txt.*give this file itself"):
+        prepared(folder, tmp_path / "data")

@@ -9,8 +9,9 @@ import pytest
 
 from elara.data import DataConfig, prepare
 from elara.errors import ElaraError
-from elara.evaluation import held_out_text
+from elara.evaluation import EvalConfig, evaluate, held_out_text
 from elara.tokenizer import TokenizerConfig
+from elara.tokenizer.huggingface import HuggingFaceTokenizer
 
 
 def file_of(tmp_path, text):
@@ -69,3 +70,41 @@ def test_no_text_is_said(tmp_path):
         (folder / f"{name}.txt").touch()
     with pytest.raises(ElaraError, match="held-out part of data=mine is empty"):
         held_out_text(DataConfig(name="mine", source="text", path=str(folder)), tmp_path)
+
+
+def test_text_that_a_tokenizer_loses_gives_no_figures_and_the_place_is_named(tmp_path, make_loaded):
+    hf = pytest.importorskip("tokenizers")
+    names = "abcdefghijklmnopqrstuvwxyz .\n"
+    backend = hf.Tokenizer(hf.models.BPE(vocab={c: i for i, c in enumerate(names)}, merges=[]))
+    backend.decoder = hf.decoders.Fuse()
+    loaded = make_loaded(tokenizer=HuggingFaceTokenizer(backend.to_str().encode()))
+    lines = [f"the cat sat on a mat. {'λόγος φύσις' if i == 95 else 'and ran'}.\n" for i in range(100)]
+    data = file_of(tmp_path, "".join(lines))
+    text = held_out_text(data, tmp_path, passage=64)
+    wanted = EvalConfig(prompts=0, precisions=["float32"])
+    with pytest.raises(ElaraError) as error:
+        evaluate(loaded, text, wanted)
+    whole = "".join(lines)
+    assert f"position {whole.index('λ')} of {data.path} of the held-out part of mine" in str(error.value)
+    assert "gives back" in str(error.value) and "\n" not in str(error.value)
+    kept = held_out_text(file_of(tmp_path, whole.replace("λόγος φύσις", "mat")), tmp_path, passage=64)
+    loss = evaluate(loaded, kept, wanted).loss
+    assert loss is not None and loss.bytes == kept.bytes
+
+
+def test_passages_that_begin_within_a_text_keep_their_first_space(tmp_path, make_loaded):
+    """A tokenizer of SentencePiece's kind writes a space before every text, and takes one that is there for it."""
+    hf = pytest.importorskip("tokenizers")
+    names = [*"abcdefghijklmnopqrstuvwxyz▁.\n"]
+    backend = hf.Tokenizer(hf.models.BPE(vocab={c: i for i, c in enumerate(names)}, merges=[]))
+    backend.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.decoder = hf.decoders.Sequence([hf.decoders.Metaspace(prepend_scheme="always", split=False)])
+    tokenizer = HuggingFaceTokenizer(backend.to_str().encode())
+    text = held_out_text(file_of(tmp_path, "the cat sat\n" * 100), tmp_path, passage=7)
+    spaced = [i for i, passage in enumerate(text.passages) if passage.startswith(" ")]
+    anchor = tokenizer.encode("a")
+    assert spaced
+    for i in spaced:
+        assert tokenizer.decode([*anchor, *text.encode(i, tokenizer)]) == "a" + text.passages[i]
+    wanted = EvalConfig(prompts=2, new_tokens=1, speed_rounds=0, precisions=["float32"])
+    evaluate(make_loaded(tokenizer=tokenizer), text, wanted)

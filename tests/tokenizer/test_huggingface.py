@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elara.errors import ElaraError
-from elara.tokenizer import TokenizerConfig, build, identity, load
+from elara.tokenizer import TextError, TokenizerConfig, build, identity, load
 from elara.tokenizer.huggingface import HuggingFaceTokenizer
 
 hf = pytest.importorskip("tokenizers")
@@ -124,3 +124,56 @@ def test_bad_files_are_refused_in_one_line(path, tmp_path):
         with pytest.raises(ElaraError) as error:
             HuggingFaceTokenizer.open(str(wrong), end)
         assert "\n" not in str(error.value)
+
+
+def letters_only(unk=None, normalizer=None):
+    """A vocabulary of small letters, space, full stop and line break, and `unk` for all else."""
+    names = [*"abcdefghijklmnopqrstuvwxyz .\n", *([unk] if unk else [])]
+    tokenizer = hf.Tokenizer(hf.models.BPE(vocab={c: i for i, c in enumerate(names)}, merges=[], unk_token=unk))
+    tokenizer.decoder = hf.decoders.Fuse()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+def split_at_spaces():
+    tokenizer = letters_only()
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("backend", "text", "position", "lost"),
+    [
+        (letters_only(), "a dog. λόγος ran.", 7, "'λόγος ran.'"),
+        (letters_only("[UNK]"), "a dog. λόγος ran.", 7, "'[UNK]"),
+        (letters_only(normalizer=hf.normalizers.Lowercase()), "a dog. The cat.", 7, "'The cat.'"),
+        (letters_only(normalizer=hf.normalizers.Strip()), "a dog.\n", 6, "'' for '\\n'"),
+        (letters_only(normalizer=hf.normalizers.Prepend("x")), "a dog.", 0, "'xa dog.' for 'a dog.'"),
+        (split_at_spaces(), "a dog", 1, "'dog' for ' dog'"),
+        (metaspace(), " to be", 0, "'to be' for ' to be'"),
+    ],
+)
+def test_text_that_would_be_lost_is_refused_at_its_first_place(backend, text, position, lost):
+    tokenizer = HuggingFaceTokenizer(backend.to_str().encode())
+    assert tokenizer.decode(tokenizer.encode(text)) != text
+    with pytest.raises(TextError, match=f"position {position}\\)") as error:
+        tokenizer.encode_exactly(text)
+    assert lost in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ElaraError, match=f"position {position} of message 2"):
+        tokenizer.apply_chat([{"role": "user", "content": ""}, {"role": "user", "content": text}], exact=True)
+    tokenizer.apply_chat([{"role": "user", "content": text}])  # what is asked is read as well as it can be
+
+
+@given(text=st.text())
+@settings(max_examples=100, deadline=None)
+def test_text_that_comes_back_is_kept_with_the_same_ids(tokenizer, text):
+    assert tokenizer.encode_exactly(text).tolist() == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("cut", [2, 5, 9, 12])  # before a space and after a line break, as long texts are cut
+def test_a_later_part_of_a_text_is_written_as_the_whole_is(cut):
+    for backend in (metaspace(), byte_level(), letters_only()):
+        tokenizer, text = HuggingFaceTokenizer(backend.to_str().encode()), "to be or\nnot a"
+        parts = [tokenizer.encode_exactly(text[:cut]), tokenizer.encode_exactly(text[cut:], before=text[cut - 1])]
+        assert [*parts[0].tolist(), *parts[1].tolist()] == tokenizer.encode(text)

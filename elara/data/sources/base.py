@@ -14,10 +14,11 @@ import numpy as np
 
 from elara.data.progress import Progress
 from elara.data.tokens import TokenWriter
-from elara.tokenizer import Ids, Tokenizer
+from elara.tokenizer import Ids, TextError, Tokenizer
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
+INSIDE = "\n"  # stands for the character before a part of a text
 Counts = dict[str, dict[str, int]]  # split -> documents, tokens, characters
 
 
@@ -34,6 +35,10 @@ class Source(Protocol):
 
     def documents(self, split: Split) -> Iterator[Iterable[str]]:
         """The split's documents in a fixed order, each in pieces; read only as far as they are asked for."""
+        ...
+
+    def place(self, split: Split, document: int) -> tuple[str, int]:
+        """What messages call a document (its number in `documents`), and the character of it at which that begins."""
         ...
 
     def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
@@ -59,12 +64,15 @@ class DocumentSource(ABC):
             for document in self.documents(split):
                 yield from document
 
+    def place(self, split: Split, document: int) -> tuple[str, int]:
+        return f"document {document + 1} of the {split} part", 0
+
     def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
         counts: Counts = {}
         with Progress("tokenising", unit="characters") as progress:
             for split in SPLITS:
                 with TokenWriter(folder, split, dtype) as writer:
-                    for piece, ids in _encoded(self.documents(split), tokenizer):
+                    for piece, ids in self._encoded(split, tokenizer):
                         if ids is not None:
                             writer.write(ids, len(piece))
                             progress.advance(len(piece))
@@ -75,21 +83,31 @@ class DocumentSource(ABC):
                     counts[split] = writer.counts
         return counts
 
+    def _encoded(self, split: Split, tokenizer: Tokenizer) -> Iterator[tuple[str, Ids | None]]:
+        """Pieces with their ids, in order; ("", None) marks a document's end."""
+        document = start = 0
+        for piece, future in self._in_threads(split, tokenizer):
+            try:
+                yield piece, None if future is None else future.result()
+            except TextError as error:
+                name, first = self.place(split, document)
+                raise error.within(name, first + start) from error
+            document, start = (document + 1, 0) if future is None else (document, start + len(piece))
 
-def _encoded(documents: Iterable[Iterable[str]], tokenizer: Tokenizer) -> Iterator[tuple[str, Ids | None]]:
-    """Pieces with their ids, in order; ("", None) marks a document's end. Encoders release the interpreter lock."""
-    threads = os.cpu_count() or 1
-    waiting: deque[tuple[str, Future[Ids] | None]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for document in documents:
-            for piece in document:
-                waiting.append((piece, pool.submit(tokenizer.encode_array, piece)))
-                while len(waiting) > 2 * threads:
-                    yield _result(waiting.popleft())
-            waiting.append(("", None))
-        yield from map(_result, waiting)
+    def _in_threads(self, split: Split, tokenizer: Tokenizer) -> Iterator[tuple[str, Future[Ids] | None]]:
+        """Pieces with what will be their ids, in order; None marks a document's end. Encoders release the interpreter
+        lock."""
+        threads = os.cpu_count() or 1
+        waiting: deque[tuple[str, Future[Ids] | None]] = deque()
+        with ThreadPoolExecutor(threads) as pool:
+            for number, document in enumerate(self.documents(split)):
+                before = INSIDE if self.place(split, number)[1] else ""
+                for piece in document:
+                    waiting.append((piece, pool.submit(tokenizer.encode_exactly, piece, before=before)))
+                    before = piece[-1:] or before
+                    while len(waiting) > 2 * threads:
+                        yield waiting.popleft()
+                waiting.append(("", None))
+            yield from waiting
 
 
-def _result(item: tuple[str, Future[Ids] | None]) -> tuple[str, Ids | None]:
-    text, future = item
-    return text, None if future is None else future.result()

@@ -15,7 +15,7 @@ import numpy as np
 from elara.data.config import HoneycombConfig
 from elara.data.hashes import fraction
 from elara.data.passages import Search, cut, question_with
-from elara.data.samples import Message, Sample, prompt_id
+from elara.data.samples import Message, Sample
 from elara.data.sources.base import SPLITS, Counts, Split
 from elara.data.sources.samples import Chat
 from elara.errors import ElaraError
@@ -28,10 +28,9 @@ MOST = 100  # copies of a sample; more is a mistake
 class Honeycomb(Chat):
     """Samples of the schema of `elara.data.samples`: `document`, `feedback`, `teacher`; others by what they hold.
 
-    What holds of the split: all about one question (under one system message) lies in one part of it, and a question
-    meets passages of its own part's documents only. So no document that validates is read, as text or as passage, by
-    what is trained; and what validates is not helped by a text that was learned. Mixing weights change the training
-    part alone.
+    What holds of the split: all about one question lies in one part of it, and a question meets passages of its own
+    part's documents only. So no document that validates is read, as text or as passage, by what is trained; and what
+    validates is not helped by a text that was learned. Mixing weights change the training part alone.
     """
 
     def __init__(self, path: str, val_fraction: float, settings: HoneycombConfig, root: Path) -> None:
@@ -89,13 +88,6 @@ class Honeycomb(Chat):
                     print(f"note: no document fell to the {split} part: its questions stay without passages",
                           file=sys.stderr, flush=True)  # fmt: skip
         return counts
-
-    def split_key(self, sample: Sample) -> str:
-        """Answers collected from teachers name their prompt; for what does not, the words before its first answer make
-        the same name, so that feedback and answers to one question stay together, and so do a conversation's turns."""
-        if sample.messages is None or sample.provenance.get("prompt"):
-            return super().split_key(sample)
-        return prompt_id(sample.messages[: _first_answer(sample.messages)])
 
     def _copies(self, sample: Sample) -> int:
         weight = self._mix[_kind(sample)]
@@ -168,11 +160,6 @@ def _rated(sample: Sample, min_rating: float) -> Sample | None:
     # A mean of losses by weight: an answer liked half as much pulls half as hard, without another threshold. Those
     # below min_rating are no weak examples but bad ones, and likelihood has no way to learn from what to avoid.
     return replace(sample, messages=messages, weight=sample.weight * rating)
-
-
-def _first_answer(messages: tuple[Message, ...]) -> int:
-    roles = [message["role"] for message in messages]
-    return roles.index("assistant") if "assistant" in roles else len(roles)
 
 
 def _question(messages: tuple[Message, ...]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 from elara.data import tool_use
 from elara.data.config import CorpusConfig
 from elara.data.hashes import file_hash, fraction
+from elara.data.passages import words
 from elara.data.progress import Progress
-from elara.data.samples import Sample, read_samples, sample_files
+from elara.data.samples import Message, Sample, prompt_id, read_samples, sample_files
 from elara.data.sources.base import SPLITS, Counts, Split
 from elara.data.tokens import TokenWriter
 from elara.errors import ElaraError
-from elara.tokenizer import Tokenizer
+from elara.tokenizer import TextError, Tokenizer
 
 HEAVIEST = 1000.0  # a weight beyond is a mistake; float16 holds 65504
 
@@ -51,16 +52,25 @@ class SampleSource(ABC):
         for sample in self.samples_of(split):
             yield ["\n".join([*_texts(sample), ""])]
 
+    def place(self, split: Split, document: int) -> tuple[str, int]:
+        return f"sample {document + 1} of the {split} part of {self.name}", 0
+
     def samples_of(self, split: Split) -> Iterator[Sample]:
         """The samples of one part."""
         return (sample for sample in self.samples() if self.split_of(sample) == split)
 
     def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
         silent = 0
+        unread: dict[str, set[str]] = {}  # key -> samples
         writers = {split: TokenWriter(folder, split, dtype, weights=True) for split in SPLITS}
         with writers["train"], writers["val"], Progress("tokenising", unit="samples") as progress:
             for sample in self.samples():
-                ids, weights = tokens_of(sample, tokenizer)
+                for key in sample.unread:
+                    unread.setdefault(key, set()).add(sample.id)
+                try:
+                    ids, weights = tokens_of(sample, tokenizer)
+                except TextError as error:
+                    raise error.within(self.name) from error
                 progress.advance(1)
                 if not weights.any():
                     silent += 1
@@ -77,6 +87,9 @@ class SampleSource(ABC):
         if silent:
             what = "samples have nothing to learn (no assistant message, or weight 0) and are left out"
             print(f"note: {silent:,} {what}", file=sys.stderr, flush=True)
+        if unread:
+            listed = ", ".join(f"{key} ({len(samples):,} samples)" for key, samples in sorted(unread.items()))
+            print(f"note: words under these keys are not learned: {listed}", file=sys.stderr, flush=True)
         return counts
 
     def split_of(self, sample: Sample) -> Split:
@@ -84,9 +97,18 @@ class SampleSource(ABC):
         return "val" if fraction(self.split_key(sample)) < self.val_fraction else "train"
 
     def split_key(self, sample: Sample) -> str:
-        """What decides the split: the id of the prompt where `elara.collect` wrote one, so that the answers of several
-        teachers to it are never divided; else the sample's own."""
-        return str(sample.provenance.get("prompt") or sample.id)
+        """What decides the split: of a conversation its question, whoever answers it, under whatever system message and
+        however the talk goes on, so that no question stands in both parts; of a text its id.
+
+        A prompt that is named and is another one than this conversation's own stands for its question: so answers to
+        one question in other words stay together, and those before which passages were put.
+        """
+        prompt = sample.provenance.get("prompt")
+        if sample.messages is None:
+            return str(prompt or sample.id)
+        if prompt and prompt != prompt_id(sample.messages[: _last_answer(sample.messages)]):
+            return str(prompt)
+        return prompt_id(first_question(sample.messages))
 
 
 class Chat(SampleSource):
@@ -95,19 +117,23 @@ class Chat(SampleSource):
     def __init__(self, path: str, val_fraction: float, root: Path) -> None:
         super().__init__(f"data.path={path}", val_fraction)
         self._path, self._root = Path(path).expanduser().resolve(), root
-        self._files = sample_files(self._path)
+        self._found = sample_files(self._path)
 
     def identity(self) -> dict[str, Any]:
         return {
             "source": "chat",
             "path": str(self._path),
-            "sha256": {str(file): file_hash(file, self._root) for file in self._files},
+            "sha256": {str(file): file_hash(file, self._root) for file in self._found.files},
             "val_fraction": self.val_fraction,
-            "split": "by prompt",  # of those that name one; what was prepared when all went by their ids is made anew
+            "split": "by question",
         }
 
     def samples(self) -> Iterator[Sample]:
         return read_samples(self._path)
+
+    def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
+        self._found.note()
+        return super().write(folder, tokenizer, dtype, work)
 
 
 class ToolUse(SampleSource):
@@ -127,11 +153,17 @@ class ToolUse(SampleSource):
             "samples": self._count,
             "seed": self._seed,
             "families": self._families,
+            "split": "by question",
             "val_fraction": self.val_fraction,
         }
 
     def samples(self) -> Iterator[Sample]:
         return tool_use.conversations(self._count, self._seed, self._families)
+
+    def split_key(self, sample: Sample) -> str:
+        """The words of the question, so that no way of writing it is learned where another one validates."""
+        assert sample.messages is not None
+        return " ".join(words(first_question(sample.messages)[0]["content"]))
 
 
 def open_samples(data: CorpusConfig, root: Path) -> SampleSource:
@@ -143,15 +175,34 @@ def open_samples(data: CorpusConfig, root: Path) -> SampleSource:
     return Chat(data.path, data.val_fraction, root)
 
 
+def first_question(messages: Sequence[Message]) -> Sequence[Message]:
+    """What the user says before the first answer to it; all messages where no user speaks."""
+    asked = list[Message]()
+    for message in messages:
+        if message["role"] == "assistant" and asked:
+            break
+        if message["role"] == "user":
+            asked.append(message)
+    return asked or messages
+
+
+def _last_answer(messages: Sequence[Message]) -> int:
+    """Where the last answer stands; behind all messages where there is none."""
+    return max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+
+
 def tokens_of(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float32]]]:
-    """Ids of a sample and what each counts as a target."""
+    """Ids of a sample and what each counts as a target; ElaraError for a weight or words that cannot be kept."""
     if sample.weight > HEAVIEST:
         raise ElaraError(f"sample {sample.id} has weight {sample.weight:g}: give {HEAVIEST:g} at most")
-    if sample.messages is None:
-        ids = [*tokenizer.encode(sample.text or ""), tokenizer.end_id]
-        learn = [bool(sample.text)] * len(ids)
-    else:
-        ids, learn = tokenizer.apply_chat(sample.messages)
+    try:
+        if sample.messages is None:
+            ids = [*tokenizer.encode_exactly(sample.text or "").tolist(), tokenizer.end_id]
+            learn = [bool(sample.text)] * len(ids)
+        else:
+            ids, learn = tokenizer.apply_chat(sample.messages, exact=True)
+    except TextError as error:
+        raise error.within(f"sample {sample.id}") from error
     return ids, np.asarray(learn, np.float32) * sample.weight
 
 

@@ -1,7 +1,7 @@
 """Documents as rows of a table: a dataset of the hub, streamed, or local parquet and JSON-lines files.
 
-Each file of the dataset is a shard, tokenised by one process into parts. A finished part is kept together with the
-stream's position, so that a killed preparation goes on where it was.
+Each file is a shard, tokenised by one process into parts. A finished part is kept together with the position that was
+reached, so that a killed preparation goes on where it was. Local files are read by `elara.data.rows`, each by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import queue
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import islice
@@ -23,19 +23,21 @@ from typing import Any
 import numpy as np
 
 from elara import tokenizer as tokenizers
+from elara.data import rows
 from elara.data.config import CorpusConfig
+from elara.data.files import Found, walk
 from elara.data.hashes import file_hash
 from elara.data.progress import Progress
 from elara.data.sources.base import SPLITS, Counts, Split
 from elara.data.tokens import TokenFile, TokenWriter, concatenate
 from elara.errors import ElaraError
-from elara.tokenizer import Tokenizer
+from elara.tokenizer import TextError, Tokenizer
 
 PART_TOKENS = 1 << 25  # tokens in a part: what a killed process loses at most
 BATCH = 256  # documents read, encoded and written together
 SMALL = 1 << 26  # bytes of local files that one process tokenises alone
 HUB_TIMEOUT = 10  # seconds until the hub counts as unreachable
-SUFFIXES = {"parquet": (".parquet",), "json": (".jsonl", ".json", ".jsonl.gz", ".json.gz")}
+SUFFIXES = {"parquet": (rows.PARQUET,), "json": rows.JSON}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Table:
     data: CorpusConfig
     files: tuple[str, ...]  # local files; () = the hub
     root: Path  # of prepared data; remembers the hashes of large files
+    found: Found | None = None  # where the files are those of a folder
 
     def identity(self) -> dict[str, Any]:
         data = self.data
@@ -66,20 +69,21 @@ class Table:
         self._check_reachable()
         shards = self.count_shards()
         for shard in range(shards):
-            for row in islice(self.rows(_shard(self.open(), shards, shard)), self.limit(shards, shard)):
-                yield self.text_of(row)
+            yield from islice(self.stream(shards, shard)[0], self.limit(shards, shard))
 
     def documents(self, split: Split) -> Iterator[list[str]]:
         self._check_reachable()
         shards = self.count_shards()
         for shard in range(shards):
-            rows = islice(self.rows(_shard(self.open(), shards, shard)), self.limit(shards, shard))
-            for index, row in enumerate(rows):
-                if (text := self.text_of(row)) and self.is_held_out(shard, index) == (split == "val"):
+            texts = islice(self.stream(shards, shard)[0], self.limit(shards, shard))
+            for index, text in enumerate(texts):
+                if text and self.is_held_out(shard, index) == (split == "val"):
                     yield [text]
 
     def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
         self._check_reachable()
+        if self.found is not None:
+            self.found.note()
         shards = self.count_shards()
         work.mkdir(parents=True, exist_ok=True)
         tokenizer.save(work / "tokenizer")
@@ -94,14 +98,27 @@ class Table:
         parts = [part for shard in range(shards) for part in _parts(_shard_folder(work, shard))]
         return {split: concatenate(parts, folder, split) for split in SPLITS}
 
+    def stream(
+        self, shards: int, shard: int, position: dict[str, Any] | None = None
+    ) -> tuple[Iterator[str], Callable[[], Any]]:
+        """The texts of a shard, "" where a row has none, and what gives the place in the hub's stream.
+
+        position: of an earlier stream, to go on there: `index`, the rows that were read, and `stream`.
+        """
+        if self.files:
+            start = position["index"] if position else 0
+            return rows.texts(Path(self.files[shard]), self.data.text_field, start), lambda: None
+        dataset = self.open()
+        dataset = dataset.shard(num_shards=shards, index=shard) if shards > 1 else dataset
+        if position:
+            dataset.load_state_dict(position["stream"])
+        return map(self.text_of, self.rows(dataset)), dataset.state_dict
+
     def open(self) -> Any:
-        """The streamed dataset; ElaraError when it cannot be had."""
+        """The hub's dataset, streamed; ElaraError when it cannot be had."""
         datasets = _datasets()
         data = self.data
         try:
-            if self.files:
-                kind = _format(self.files[0])
-                return datasets.load_dataset(kind, data_files=list(self.files), split="train", streaming=True)
             return datasets.load_dataset(
                 data.dataset, data.subset, split=data.split, revision=data.revision, streaming=True
             )
@@ -123,7 +140,7 @@ class Table:
 
     def count_shards(self) -> int:
         """Files of the dataset."""
-        return int(getattr(self.open(), "num_shards", 1))
+        return len(self.files) if self.files else int(getattr(self.open(), "num_shards", 1))
 
     def limit(self, shards: int, shard: int) -> int | None:
         """Documents to read from this shard: an equal share of `max_documents`."""
@@ -139,6 +156,13 @@ class Table:
         if value is not None and not isinstance(value, str):
             raise ElaraError(f"column {field} holds {type(value).__name__}, not text: set data.text_field")
         return value or ""
+
+    def place(self, split: Split, document: int) -> tuple[str, int]:
+        return f"document {document + 1} of the {split} part of {self.name}", 0
+
+    def row_name(self, shards: int, shard: int, index: int) -> str:
+        """What messages call a row."""
+        return f"row {index + 1} of {self.files[shard] if self.files else f'shard {shard + 1} of {self.name}'}"
 
     def is_held_out(self, shard: int, index: int) -> bool:
         """Whether a document validates: one of each block of `1 / val_fraction` documents."""
@@ -175,9 +199,9 @@ class Table:
 
     def _check_reachable(self) -> None:
         """One line within seconds when the hub cannot be reached; its own client would try for half a minute."""
-        _datasets()
         if self.files:
             return
+        _datasets()
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -207,10 +231,12 @@ def open_table(data: CorpusConfig, root: Path) -> Table:
         raise ElaraError(f"data.path={data.path} does not exist")
     kinds = {"parquet": ["parquet"], "jsonl": ["json"]}.get(data.source, list(SUFFIXES))
     for kind in kinds:
-        found = sorted(place.rglob("*")) if place.is_dir() else [place]
-        files = tuple(str(file) for file in found if file.is_file() and file.name.endswith(SUFFIXES[kind]))
-        if files:
-            return Table(data, files, root)
+        if place.is_file():
+            found = Found(place.parent, [place] if place.name.endswith(SUFFIXES[kind]) else [])
+        else:
+            found = walk(place, lambda file, ends=SUFFIXES[kind]: file.name.endswith(ends))  # type: ignore[misc]
+        if found.files:
+            return Table(data, tuple(map(str, found.files)), root, found)
     wanted = " or ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
     raise ElaraError(f"data.path={data.path} holds no file that ends in {wanted}")
 
@@ -225,14 +251,11 @@ def _tokenise(
         return
     tokenizer = tokenizers.load(work / "tokenizer")
     parts = _parts(folder)
-    dataset = _shard(table.open(), shards, shard)
-    index = 0
-    if parts:
-        position = json.loads((parts[-1] / "position.json").read_text(encoding="utf-8"))
-        index = position["index"]
-        dataset.load_state_dict(position["stream"])
+    position = json.loads((parts[-1] / "position.json").read_text(encoding="utf-8")) if parts else None
+    index = position["index"] if position else 0
     limit = table.limit(shards, shard)
-    rows, number, finished = table.rows(dataset), len(parts), False
+    stream, place = table.stream(shards, shard, position)
+    number, finished = len(parts), False
     with ThreadPoolExecutor(threads) as pool:
         while not finished:
             with _Part(folder, number, np.dtype(dtype)) as part:
@@ -240,14 +263,18 @@ def _tokenise(
                     if parent is not None and os.getppid() != parent:
                         os._exit(1)  # the preparing process was killed; raising would leave this one waiting for work
                     room = BATCH if limit is None else min(BATCH, limit - index)
-                    texts = [table.text_of(row) for row in islice(rows, room)]
-                    for text, ids in zip(texts, pool.map(tokenizer.encode_array, texts), strict=True):
+                    texts = list(islice(stream, room))
+                    for text, waiting in [(text, pool.submit(tokenizer.encode_exactly, text)) for text in texts]:
+                        try:
+                            ids = waiting.result()
+                        except TextError as error:
+                            raise error.within(table.row_name(shards, shard, index)) from error
                         if text:
                             part.add("val" if table.is_held_out(shard, index) else "train", ids, text, tokenizer.end_id)
                         index += 1
                     finished = len(texts) < BATCH
                     advance(len(texts))
-                part.finish({"index": index, "stream": dataset.state_dict()})
+                part.finish({"index": index, "stream": place()})
             number += 1
     (folder / "done").touch()
 
@@ -306,10 +333,6 @@ def _in_process(table: Table, shards: int, shard: int, work: Path, dtype: str, t
     _tokenise(table, shards, shard, work, dtype, threads, _news.put, os.getppid())
 
 
-def _shard(dataset: Any, shards: int, shard: int) -> Any:
-    return dataset.shard(num_shards=shards, index=shard) if shards > 1 else dataset
-
-
 def _shard_folder(work: Path, shard: int) -> Path:
     return work / f"shard-{shard:05d}"
 
@@ -322,10 +345,6 @@ def _documents_in(part: Path) -> int:
     return sum(len(TokenFile(part, split).ends) for split in SPLITS)
 
 
-def _format(file: str) -> str:
-    return next(kind for kind, suffixes in SUFFIXES.items() if file.endswith(suffixes))
-
-
 def _datasets() -> Any:
     try:
         import datasets
@@ -333,6 +352,8 @@ def _datasets() -> Any:
         raise ElaraError("this data source needs an extra: pip install 'elara-hivemind[hub]'") from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is raised as well
+    # Versions before 4 would ask on the terminal whether to run a dataset's own program; then it is refused instead
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     return datasets
 
 

@@ -6,14 +6,20 @@ import codecs
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from elara.data.files import walk
 from elara.data.hashes import file_hash
-from elara.data.sources.base import DocumentSource, Split
+from elara.data.sources.base import SPLITS, Counts, DocumentSource, Split
 from elara.errors import ElaraError
+from elara.tokenizer import Tokenizer
 
 PIECE = 1 << 22  # characters per piece of a long file
+LEAST = 0.01  # of the wanted share: what is held out is no measure with less
 TAIL = 1 << 16  # a piece is cut within its last so many characters
 _WORD_START = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")  # a cut here changes no token of GPT-2's BPE
 
@@ -38,9 +44,17 @@ class SingleFile(DocumentSource):
         }
 
     def documents(self, split: Split) -> Iterator[Iterator[str]]:
-        characters = sum(map(len, _characters(self._file)))
-        cut = train_characters(characters, self._fraction)
-        yield _pieces(self._file, *((0, cut) if split == "train" else (cut, characters)))
+        start, stop = (0, self._cut) if split == "train" else (self._cut, None)
+        yield _pieces(self._file, start, stop)
+
+
+    def place(self, split: Split, document: int) -> tuple[str, int]:
+        return str(self._file), 0 if split == "train" else self._cut
+
+    @cached_property
+    def _cut(self) -> int:
+        """How many characters train."""
+        return train_characters(sum(map(len, _characters(self._file))), self._fraction)
 
 
 class Folder(DocumentSource):
@@ -48,40 +62,63 @@ class Folder(DocumentSource):
 
     def __init__(self, folder: Path, val_fraction: float, root: Path) -> None:
         self._folder, self._fraction, self._root = folder, val_fraction, root
-        self._files = sorted(file for file in folder.rglob("*") if file.is_file() and not self._is_hidden(file))
+        self._found = walk(folder)
+        self._files = self._found.files
         if len(self._files) < 2:
             raise ElaraError(f"data.path={folder} holds {len(self._files)} files, at least two are needed: "
                              "one is held out; for a single text give the file itself")
 
     def identity(self) -> dict[str, Any]:
-        held_out = self._held_out()
         return {
             "source": "text",
             "path": str(self._folder),
             "sha256": {self._name(file): file_hash(file, self._root) for file in self._files},
-            "held_out": [self._name(file) for file in held_out],
+            "held_out": [self._name(file) for file in self._held_out],
         }
 
     def documents(self, split: Split) -> Iterator[Iterator[str]]:
-        held_out = set(self._held_out())
-        for file in self._files:
-            if (file in held_out) == (split == "val"):
-                yield _pieces(file)
+        yield from map(_pieces, self._part[split])
 
-    def _is_hidden(self, file: Path) -> bool:
-        return any(part.startswith(".") for part in file.relative_to(self._folder).parts)
+    def place(self, split: Split, document: int) -> tuple[str, int]:
+        return str(self._part[split][document]), 0
+
+    def write(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], work: Path) -> Counts:
+        self._found.note()
+        return super().write(folder, tokenizer, dtype, work)
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self._folder).as_posix()
 
+    @cached_property
+    def _part(self) -> dict[Split, list[Path]]:
+        """The files of each part."""
+        held_out = set(self._held_out)
+        return {split: [file for file in self._files if (file in held_out) == (split == "val")] for split in SPLITS}
+
+    @cached_property
     def _held_out(self) -> list[Path]:
-        """Files in the order of their names' hashes until the share is reached, skipping those that overshoot it."""
+        """Files in the order of their names' hashes until the share is reached, skipping those that overshoot it.
+
+        Where that makes less than half of the share, as beside books a note does, the smallest of the larger files is
+        held out instead, unless it is more than half of all.
+        """
         sizes = {file: file.stat().st_size for file in self._files}
-        share, chosen = self._fraction * sum(sizes.values()), list[Path]()
-        for file in sorted(self._files, key=lambda file: hashlib.sha256(self._name(file).encode()).digest()):
-            if sum(sizes[f] for f in chosen) + sizes[file] <= 1.1 * share:
+        total, reached, chosen = sum(sizes.values()), 0, list[Path]()
+        share = self._fraction * total
+        order = sorted(self._files, key=lambda file: hashlib.sha256(self._name(file).encode()).digest())
+        for file in order:
+            if reached + sizes[file] <= 1.1 * share:
                 chosen.append(file)
-        return chosen or [min((file for file in self._files), key=lambda file: (sizes[file], file))]
+                reached += sizes[file]
+        if reached >= share / 2:
+            return chosen
+        larger = [file for file in order if sizes[file] > reached and 2 * sizes[file] <= total]
+        chosen = [min(larger, key=sizes.__getitem__)] if larger else chosen or [min(order, key=sizes.__getitem__)]
+        if sum(sizes[file] for file in chosen) < LEAST * share:
+            largest = max(order, key=sizes.__getitem__)
+            raise ElaraError(f"data.path={self._folder}: nearly all text is in {largest}, and whole files are held "
+                             "out: give this file itself, or more files")
+        return chosen
 
 
 def open_text(path: str | None, val_fraction: float, root: Path) -> SingleFile | Folder:

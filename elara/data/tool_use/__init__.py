@@ -13,9 +13,9 @@ from typing import Any
 from elara.data.samples import Message, Sample
 from elara.data.tool_use import arithmetic, dates, lookups, talk, units
 from elara.data.tool_use.base import Question, Wanted, World, leaks
-from elara.data.tool_use.calls import Call, parse_call
 from elara.data.tool_use.draws import Draws
 from elara.errors import ElaraError
+from elara.tokenizer.calls import Call, parse_call
 
 __all__ = ["FAMILIES", "TOOLS", "Call", "Question", "check_families", "conversation", "conversations", "opening",
            "parse_call", "questions", "run_tool"]  # fmt: skip

@@ -1,10 +1,13 @@
-"""Tool calls as text, in the form that many models use: <tool_call>{"name": ..., "arguments": ...}</tool_call>."""
+"""Tool calls as text, in the form that many models use: <tool_call>{"name": ..., "arguments": ...}</tool_call>.
+
+This is the one place that knows it: conversations are made of it and read by it, and chat templates write it.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,11 @@ class Call:
         """As the model writes it."""
         call = json.dumps({"name": self.name, "arguments": self.arguments}, ensure_ascii=False)
         return f"{OPEN}{call}{CLOSE}"
+
+
+def with_calls(words: str, calls: Sequence[Call]) -> str:
+    """What an assistant's message says that has words and calls: the words, then each call, a line each."""
+    return "\n".join([*([words] if words or not calls else []), *(call.text() for call in calls)])
 
 
 def parse_call(text: str) -> Call | None:
