@@ -1,4 +1,7 @@
-"""Learning-rate schedules: `schedule(total_steps)` gives the factor on the base rate as a function of the step."""
+"""Learning-rate schedules: `schedule(total_steps)` gives the factor on the base rate as a function of the step.
+
+Steps count from 0, so that the last one is `total_steps - 1`; it takes the schedule's `final` factor.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,23 @@ Factor = Callable[[int], float]
 
 
 def cosine(total_steps: int, *, warmup: int, final: float) -> Factor:
-    """Linear warm-up over `warmup` steps, then half a cosine down to `final` of the base rate at `total_steps`."""
+    """Linear warm-up over `warmup` steps, then half a cosine down to `final` of the base rate at the last step."""
     _check(total_steps, warmup, final)
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        progress = min(1.0, (step + 1 - warmup) / (total_steps - warmup)) if step < total_steps else 1.0
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
 
 
 def wsd(total_steps: int, *, warmup: int, decay: float, final: float) -> Factor:
-    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): linear to `final` over the last `decay` share of steps."""
+    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): linear to `final` over the last `decay` share of steps.
+
+    The last step takes `final`; with a `decay` of 0 none does.
+    """
     _check(total_steps, warmup, final)
     if not 0 <= decay <= 1:
         raise ElaraError(f"schedule.decay={decay} must be in [0, 1]")
@@ -32,7 +38,7 @@ def wsd(total_steps: int, *, warmup: int, decay: float, final: float) -> Factor:
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-        fall = min(1.0, max(0.0, (step - begin) / max(1, total_steps - begin)))
+        fall = min(1.0, max(0.0, (step + 1 - begin) / (total_steps - begin))) if decay else 0.0
         return rise * (1 - (1 - final) * fall)
 
     return factor
