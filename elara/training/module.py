@@ -95,6 +95,14 @@ class ElaraModule(lightning.LightningModule):
         due = self.trainer.should_stop or (isinstance(every, int) and (batch_idx + 1) % every == 0)
         return self.trainer.enable_validation and due
 
+    def depth(self) -> int | None:
+        """Recursion depth of this step, the same for all its micro-batches and ranks; None = the model's own."""
+        bounds = self.model.config.trm.sample_depth
+        if bounds is None:
+            return None
+        low, high = bounds
+        return low + _mix(self.seed, "depth", self.trainer.global_step) % (high - low + 1)
+
     def configure_model(self) -> None:
         """Shard the model where the strategy does so (`elara.training.sharding`)."""
         if isinstance(self.trainer.strategy, FSDP):
@@ -112,7 +120,7 @@ class ElaraModule(lightning.LightningModule):
         batch, lesson, written = self._taught(batch, batch_idx)
         uneven = self.uneven or written
         losses = elara_loss(
-            self.model, batch.tokens, generator, self.tokenizer.mask_id, depth=self._depth(), place=place,
+            self.model, batch.tokens, generator, self.tokenizer.mask_id, depth=self.depth(), place=place,
             weights=batch.weights, lesson=lesson, over_ranks=self._mean_over_ranks if uneven and place[1] > 1 else None,
         )  # fmt: skip
         self.balancer.add(losses.routing)
@@ -201,14 +209,6 @@ class ElaraModule(lightning.LightningModule):
         for name, value in losses.teachers.items():
             parts |= {f"loss_{name}": value, f"loss_{name}{WRITTEN}": value}
         return [part for name in means.names if (part := parts[name]) is not None]
-
-    def _depth(self) -> int | None:
-        """Recursion depth of this step, the same for all its micro-batches and ranks; None = the model's own."""
-        bounds = self.model.config.trm.sample_depth
-        if bounds is None:
-            return None
-        low, high = bounds
-        return low + _mix(self.seed, "depth", self.trainer.global_step) % (high - low + 1)
 
     def _mean_over_ranks(self, count: Tensor) -> Tensor:
         torch.distributed.all_reduce(count)

@@ -17,7 +17,7 @@ from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMCo
 from elara.data.batches import Batch
 from elara.model import CLEAN, ElaraLM
 from elara.training import optimizers, schedules
-from elara.training.callbacks import Metrics
+from elara.training.callbacks import Metrics, throughput
 from elara.training.losses import elara_loss
 from elara.training.module import ElaraModule
 
@@ -72,13 +72,14 @@ class Rows(lightning.pytorch.loggers.Logger):
         self.rows.setdefault(step or 0, {}).update(metrics)
 
 
-def fit(module: ElaraModule, **options: Any) -> dict[int, dict[str, float]]:
+def fit(module: ElaraModule, *callbacks: lightning.Callback, **options: Any) -> dict[int, dict[str, float]]:
     rows = Rows()
+    options = {"log_every_n_steps": 1, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
             accelerator="cpu", max_steps=6, accumulate_grad_batches=MICRO, gradient_clip_val=0.5, logger=rows,
-            callbacks=[Metrics()], log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False,
+            callbacks=[Metrics(), *callbacks], enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, limit_val_batches=0, **options,
         )  # fmt: skip
         trainer.fit(module, DataLoader(Tokens(), batch_size=None, sampler=Endless()))
@@ -152,3 +153,29 @@ def test_sampled_depths_cover_the_range_and_every_layer_is_logged_by_pass() -> N
     passes = [{int(n.split("/")[2].removeprefix("pass")) for n in row if n.startswith("moe/")} for row in rows.values()]
     assert {max(found) + 1 for found in passes} == {1, 2, 3}
     assert rows == fit(make_module(make_model(sample_depth=[1, 3])))
+
+
+class Depths(lightning.Callback):
+    """Keeps the recursion depth that every micro-batch was computed at."""
+
+    def __init__(self) -> None:
+        self.values: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.handle = module.model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, model: ElaraLM, args: Any, kwargs: Any) -> None:
+        self.values.append(kwargs["depth"])
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.handle.remove()
+
+
+def test_utilisation_counts_the_depths_that_were_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "peak_flops", lambda device: 1e12)
+    model, depths = make_model(sample_depth=[1, 3]), Depths()
+    rows = fit(make_module(model), depths, throughput.Throughput(), log_every_n_steps=3)
+    assert list(rows) == [3, 6] and len(set(depths.values)) > 1
+    for row, drawn in zip(rows.values(), (depths.values[:6], depths.values[6:]), strict=True):
+        wanted = sum(throughput.flops_per_token(model, 32, depth) for depth in drawn) / len(drawn)
+        assert row["train/mfu"] * 1e12 / row["train/tokens_per_second"] == pytest.approx(wanted)
