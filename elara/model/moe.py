@@ -131,15 +131,16 @@ class Router(nn.Module):
         chosen = (scores.detach() + bias).topk(top_k, dim=-1).indices
         gates = scores.gather(-1, chosen)
         gates = gates / gates.sum(-1, keepdim=True) * self.moe.gate_scale
-        penalty = self._penalty(logits, scores, chosen)
+        penalty = self._penalty(logits, scores)
         if drafts is not None:
             chosen, gates = drafts.spread(chosen), drafts.spread(gates)
         return Choice(chosen.view(-1, top_k), gates.view(-1, top_k), penalty)
 
-    def _penalty(self, logits: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+    def _penalty(self, logits: Tensor, scores: Tensor) -> Tensor:
         total = scores.new_zeros(())
         if self.moe.balance_loss:
             share = scores / scores.sum(-1, keepdim=True)
+            chosen = scores.topk(self.moe.top_k, dim=-1).indices  # without the bias (DeepSeek-V3, eq. 18)
             counts = torch.zeros_like(scores).scatter_(-1, chosen, 1.0).mean(1)  # (batch, experts)
             frequency = counts * self.moe.num_experts / self.moe.top_k
             total = total + self.moe.balance_loss * (frequency * share.mean(1)).sum(-1).mean()
