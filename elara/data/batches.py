@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,15 @@ class Batch(NamedTuple):
     tokens: Tensor
     weights: Tensor | None = None
     opinions: tuple[StoredOpinion, ...] = ()
+
+
+class FirstBatch(NamedTuple):
+    """A `Batch` that begins an optimizer step of several. ahead: the others of that step, without opinions."""
+
+    tokens: Tensor
+    weights: Tensor | None
+    opinions: tuple[StoredOpinion, ...]
+    ahead: tuple[Batch, ...]
 
 
 class Batches(Dataset[Batch]):
@@ -126,6 +135,28 @@ class Order(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return itertools.count(self.start)
+
+
+class Steps:
+    """A loader's batches; the first of every optimizer step is a `FirstBatch` and brings the others along.
+
+    The loss of a step is a mean over all its targets: their number must be known before the first backward pass.
+
+    Args:
+        loader: batches without end.
+        size: batches of an optimizer step.
+        done: how many of the first step's batches are done already.
+    """
+
+    def __init__(self, loader: Iterable[Batch], size: int, done: int = 0) -> None:
+        self.loader, self.size, self.done = loader, size, done
+
+    def __iter__(self) -> Iterator[Batch | FirstBatch]:
+        batches, size = iter(self.loader), self.size - self.done
+        while step := list(itertools.islice(batches, size)):
+            yield FirstBatch(*step[0], tuple(batch._replace(opinions=()) for batch in step[1:]))
+            yield from step[1:]
+            size = self.size
 
 
 class ValidationBatches(Dataset[Batch]):

@@ -12,7 +12,16 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from elara.data.batches import Batch, Batches, Mixture, Order, ValidationBatches, document_windows, packed_windows
+from elara.data.batches import (
+    Batch,
+    Batches,
+    Mixture,
+    Order,
+    Steps,
+    ValidationBatches,
+    document_windows,
+    packed_windows,
+)
 from elara.data.config import DataConfig, ReplayConfig
 from elara.data.opinions import OpinionFile
 from elara.data.preparation import Prepared, prepare
@@ -56,6 +65,12 @@ class ElaraData(LightningDataModule):
         return [self.prepared, prepare(self.data.replay, same, self.root)]
 
     @property
+    def uneven(self) -> bool:
+        """Whether not every token of a training window is a target, so that batches have different numbers of them."""
+        replayed = self.data.replay.share > 0
+        return not self.data.cross_documents or self.prepared.train.weights is not None or replayed
+
+    @property
     def chat(self) -> bool:
         """Whether a model of this data answers in conversations."""
         return self.data.source in CONVERSATIONS
@@ -94,10 +109,13 @@ class ElaraData(LightningDataModule):
         opinions = self.opinions[corpus] if self.opinions else ()
         return Batches(tokens, rows, self.seq, self.seed, rank=rank, world=world, table=table, opinions=opinions)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch] | Steps:
         """Batches from `position` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""
-        batches = self.train_batches()
-        return self._loader(batches, Order(self.position))
+        loader = self._loader(self.train_batches(), Order(self.position))
+        size = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        if self.trainer is None or size == 1:
+            return loader
+        return Steps(loader, size, done=(self.trainer.fit_loop.batch_idx + 1) % size)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same held-out windows every time."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.data.batches import Batch
-from elara.model import CLEAN, ElaraLM
+from elara.model import CLEAN, ElaraLM, draw_section
 from elara.training import optimizers, schedules
 from elara.training.callbacks import Metrics, throughput
 from elara.training.losses import elara_loss
@@ -153,6 +153,42 @@ def test_sampled_depths_cover_the_range_and_every_layer_is_logged_by_pass() -> N
     passes = [{int(n.split("/")[2].removeprefix("pass")) for n in row if n.startswith("moe/")} for row in rows.values()]
     assert {max(found) + 1 for found in passes} == {1, 2, 3}
     assert rows == fit(make_module(make_model(sample_depth=[1, 3])))
+
+
+def test_every_validation_loss_is_a_mean_over_its_own_targets() -> None:
+    """Batches whose targets lie differently for the two heads; rows, and a batch, of nothing but padding."""
+    tokens = [Tokens()[index].tokens for index in range(4)]
+    tokens[0][:, 20:], tokens[1][1:, 5:], tokens[2][2:], tokens[3][:] = -1, -1, -1, -1
+    model = make_model()
+    model.config.moe.balance_loss, model.config.moe.z_loss, rows = 0.1, 0.1, Rows()
+    module = make_module(model)
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=rows, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.validate(module, DataLoader([Batch(each) for each in tokens], batch_size=None), verbose=False)  # type: ignore[arg-type]
+
+    sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2)
+    for index, each in enumerate(tokens):
+        inputs = each.clamp(min=0)[:, :-1]
+        section, _ = draw_section(inputs, model.config.tidar, MASK, module._seeded("val", index))
+        output = model(inputs, section=section)
+        assert output.mask_hidden is not None
+        heads = (model.ar_head(output.hidden), each[:, 1:]), (
+            model.diffusion_head(output.mask_hidden), each[:, section.positions()[0]]
+        )  # fmt: skip
+        for head, (logits, targets) in enumerate(heads):
+            surprise = -logits.double().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+            sums[head] += surprise[targets >= 0].sum().detach()
+            counts[head] += (targets >= 0).sum()
+    (row,) = rows.rows.values()
+    ar, diffusion = (sums / counts).tolist()
+    assert row["val/loss_ar"] == pytest.approx(ar, rel=1e-6)
+    assert row["val/loss_diffusion"] == pytest.approx(diffusion, rel=1e-6)
+    assert row["val/moe_penalty"] > 0
+    assert row["val/loss"] == pytest.approx(ar + 0.5 * diffusion + row["val/moe_penalty"], rel=1e-6)
 
 
 class Depths(lightning.Callback):
