@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -17,11 +20,13 @@ from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMCo
 from elara.data.batches import PADDING, Batch, FirstBatch, Steps
 from elara.data.opinions import StoredOpinion
 from elara.model import ElaraLM, draw_section
+from elara.runs import Run
 from elara.tokenizer.byte import ByteTokenizer
 from elara.training.callbacks import Metrics
 from elara.training.config import DistillConfig
 from elara.training.module import ElaraModule
 from elara.training.teaching import Teacher, Teaching
+from tests.conftest import Home, make_text
 from tests.training.test_module import Rows
 
 SEQ, STEPS = 24, 3
@@ -147,3 +152,46 @@ def test_the_first_batch_of_a_step_brings_the_others_along() -> None:
     assert all(one.tokens is other.tokens for one, other in zip(given, loader, strict=True))
     assert isinstance(given[2], FirstBatch)
     assert all(one.tokens is other.tokens for one, other in zip(given[2].ahead, loader[3:5], strict=True))
+
+
+@pytest.mark.slow
+def test_a_run_of_documents_accumulates_to_its_large_batch_and_resumes_exactly(home: Home) -> None:
+    """Of lengths that leave some windows nearly empty; gone on with from step 8, then with longer steps."""
+    documents = home.path / "uneven"
+    documents.mkdir(exist_ok=True)
+    for i in range(60):
+        (documents / f"{i}.txt").write_text(make_text(20 + 37 * i % 190, i), "utf-8")
+    shape = ["data.cross_documents=false", f"data.path={documents}", "tidar=none", "model.dropout=0"]
+    shape += ["optimizer=adamw", "optimizer.lr=3e-3", "optimizer.eps=1e-4", "callbacks.progress.every=0"]
+
+    def run(name: str, *overrides: str) -> Path:
+        done = home.call(*home.tiny(f"name={name}", *shape, *overrides))
+        assert done.returncode == 0, done.stderr
+        return home.only_run(name)
+
+    parts = run("parts", "data.batch_size=2", "trainer.accumulate_grad_batches=3", "data.val_batches=6")
+    whole = run("whole", "data.batch_size=6", "data.val_batches=2")
+    for row, wanted in zip(home.rows(parts), home.rows(whole), strict=True):
+        for name in ("train/loss", "train/loss_ar", "train/grad_norm", "val/loss_ar"):
+            assert float(row[name] or 0) == pytest.approx(float(wanted[name] or 0), rel=2e-5), (row["step"], name)
+
+    expected = home.rows(parts)
+    go_back(Run(parts), 8)
+    again = home.call(f"resume={parts}")
+    assert again.returncode == 0, again.stderr
+    assert home.rows(parts) == expected
+
+    go_back(Run(parts), 8)  # 24 micro-batches are done: the first step has but one
+    longer = home.call(f"resume={parts}", "trainer.accumulate_grad_batches=5", "trainer.max_steps=12")
+    assert longer.returncode == 0, longer.stderr
+    assert len(home.rows(parts)) == 12
+
+
+def go_back(run: Run, step: int) -> None:
+    """Make a run one that was killed after `step`."""
+    run.summary.write_text(json.dumps({**run.read_summary(), "finished": False}), "utf-8")
+    for path in run.checkpoints():
+        if path.name != f"step-{step}":
+            shutil.rmtree(path)
+    for link in (run.last, run.best):
+        link.unlink(missing_ok=True)
