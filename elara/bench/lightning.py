@@ -63,7 +63,8 @@ class Bare:
         self.module, self.step = module, 0
         self.limit = float(parts.trainer.gradient_clip_val or 0.0)
         self.narrow = parts.trainer.precision == "bf16-mixed"
-        self.at = SimpleNamespace(global_rank=0, world_size=1, global_step=0)  # what the module asks its trainer
+        # what the module asks its trainer
+        self.at = SimpleNamespace(global_rank=0, world_size=1, global_step=0, accumulate_grad_batches=1)
         module.trainer = self.at  # type: ignore[assignment]
         made: Any = module.configure_optimizers()
         self.optimizer, self.schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,15 @@ class Batch(NamedTuple):
     tokens: Tensor
     weights: Tensor | None = None
     opinions: tuple[StoredOpinion, ...] = ()
+
+
+class FirstBatch(NamedTuple):
+    """A `Batch` that begins an optimizer step of several. ahead: the others of that step, without opinions."""
+
+    tokens: Tensor
+    weights: Tensor | None
+    opinions: tuple[StoredOpinion, ...]
+    ahead: tuple[Batch, ...]
 
 
 class Consumed(NamedTuple):
@@ -148,6 +157,26 @@ class Order(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return itertools.count()
+
+
+class Steps:
+    """A loader's batches; the first of every optimizer step is a `FirstBatch` and brings the others along.
+
+    The loss of a step is a mean over all its targets: their number must be known before the first backward pass.
+
+    Args:
+        loader: batches without end.
+        size: batches of an optimizer step.
+    """
+
+    def __init__(self, loader: Iterable[Batch], size: int) -> None:
+        self.loader, self.size = loader, size
+
+    def __iter__(self) -> Iterator[Batch | FirstBatch]:
+        batches = iter(self.loader)
+        while step := list(itertools.islice(batches, self.size)):
+            yield FirstBatch(*step[0], tuple(batch._replace(opinions=()) for batch in step[1:]))
+            yield from step[1:]
 
 
 class ValidationBatches(Dataset[Batch]):

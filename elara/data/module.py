@@ -19,6 +19,7 @@ from elara.data.batches import (
     Consumed,
     Mixture,
     Order,
+    Steps,
     ValidationBatches,
     document_windows,
     packed_windows,
@@ -67,6 +68,12 @@ class ElaraData(LightningDataModule):
         return [self.prepared, prepare(self.data.replay, same, self.root)]
 
     @property
+    def uneven(self) -> bool:
+        """Whether not every token of a training window is a target, so that batches have different numbers of them."""
+        replayed = self.data.replay.share > 0
+        return not self.data.cross_documents or self.prepared.train.weights is not None or replayed
+
+    @property
     def chat(self) -> bool:
         """Whether a model of this data answers in conversations."""
         return self.data.source in CONVERSATIONS
@@ -113,10 +120,12 @@ class ElaraData(LightningDataModule):
         train = self.train_batches() if self._train is None else self._train
         return [part.consumed(batches) for part in (train.parts if isinstance(train, Mixture) else [train])]
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch] | Steps:
         """Batches from `start` on; needs `Trainer(use_distributed_sampler=False)`, ranks are handled here."""
         self._train = self.train_batches()
-        return self._loader(self._train, Order())
+        loader = self._loader(self._train, Order())
+        size = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        return loader if size == 1 else Steps(loader, size)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same held-out windows every time."""

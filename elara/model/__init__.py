@@ -2,9 +2,9 @@
 
 from elara.model.cache import KVCache
 from elara.model.lm import ElaraLM, Output
-from elara.model.moe import CLEAN, MASK, RoutingStats
+from elara.model.moe import CLEAN, MASK, RoutingStats, Text
 from elara.model.precision import PRECISIONS, convert
-from elara.model.section import MaskSection, Supervision, draw_section
+from elara.model.section import MaskSection, Supervision, block_positions, draw_section, draw_starts
 
 __all__ = [
     "CLEAN",
@@ -16,6 +16,9 @@ __all__ = [
     "Output",
     "RoutingStats",
     "Supervision",
+    "Text",
+    "block_positions",
     "convert",
     "draw_section",
+    "draw_starts",
 ]

@@ -18,7 +18,7 @@ from elara.model import attention_cpu
 from elara.model.attention_cpu import CHUNK
 from elara.model.cache import KVCache
 from elara.model.linear import Linear
-from elara.model.moe import DraftRouting
+from elara.model.moe import DraftRouting, Text
 from elara.model.norm import RMSNorm, norm_heads
 from elara.model.section import MaskSection
 
@@ -37,6 +37,7 @@ class View:
         or full view. With a cache these are all: the section's keys stand behind the clean ones, for this pass only.
     chunks: without a cache, the section's queries as (first token, last token, clean keys to read, boolean mask).
     drafts: how the section finds its experts.
+    text: which tokens are no padding; None = all.
     """
 
     seq: int
@@ -47,6 +48,7 @@ class View:
     chunks: list[tuple[int, int, int, Tensor]]
     cache: KVCache | None
     drafts: DraftRouting | None
+    text: Text | None = None
 
 
 def rope_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from elara.model.attention import Attention, View, rope_angles, section_chunks, 
 from elara.model.cache import KVCache
 from elara.model.linear import Linear, linear
 from elara.model.mlp import MLP
-from elara.model.moe import Choice, DraftRouting, MoE, RoutingStats
+from elara.model.moe import Choice, DraftRouting, MoE, RoutingStats, Text
 from elara.model.norm import RMSNorm
 from elara.model.section import MaskSection
 
@@ -55,7 +55,7 @@ class Block(nn.Module):
             normed = self.mlp_norm(x)
             if isinstance(self.mlp, MoE):
                 assert weights is not None
-                y, choice = self.mlp(normed, weights, recursion, view.drafts)
+                y, choice = self.mlp(normed, weights, recursion, view.drafts, view.text)
                 choices.append(choice)
             else:
                 y = self.mlp(normed)
@@ -133,13 +133,15 @@ class ElaraLM(nn.Module):
         cache: KVCache | None = None,
         depth: int | None = None,
         exit_threshold: float | None = None,
+        text: Text | None = None,
     ) -> Output:
         """Run the decoder.
 
         tokens: (batch, seq) ids, behind whatever `cache` holds. positions: (batch, seq), for RoPE only; default: behind
         the cache. section: mask tokens that see `tokens` and the cache but are seen by neither; on a cache they need
         room behind the tokens for this pass, and with anchor routing every block starts behind one of `tokens`. depth:
-        recursion depth, default the trained one; with a cache it is the cache's.
+        recursion depth, default the trained one; with a cache it is the cache's. text: the tokens that loads and
+        penalties of the routers count, None = all; what is computed of each token is the same.
 
         exit_threshold: for inference, end a block's recursion (order block) or the stack's (order stack) after the
         first pass that changes the state of every token here by less than this share of its norm. Passes left out get
@@ -149,6 +151,7 @@ class ElaraLM(nn.Module):
         batch, seq = tokens.shape
         depth = cache.depth if cache is not None else depth or self.config.trm.depth
         view = self._view(tokens, positions, section, cache)
+        view.text = text
         ids = tokens if section is None else torch.cat([tokens, section.tokens], 1)
         x = self.embed(ids)
         x, choices = self._run_blocks(x, view, depth, exit_threshold)
@@ -157,7 +160,8 @@ class ElaraLM(nn.Module):
         x = self.norm(x)
         mask_hidden = x[:, seq:] if section is not None else None
         penalty = sum((choice.penalty for choice in choices), start=x.new_zeros(()))
-        routing = RoutingStats(choices, penalty, batch, seq, self.config.moe.num_experts, depth)
+        mask = None if text is None else text.mask
+        routing = RoutingStats(choices, penalty, batch, seq, self.config.moe.num_experts, depth, mask)
         return Output(x[:, :seq], mask_hidden, routing)
 
     def ar_head(self, hidden: Tensor) -> Tensor:

@@ -27,6 +27,17 @@ ROW_MULTIPLE = 32  # oneDNN compiles a bf16 matmul per row count: padded counts 
 
 
 @dataclass
+class Text:
+    """Which tokens of a forward pass are text: the others are padding, which counts nowhere.
+
+    mask: bool, (batch, seq + section). count: scalar, what a mean over the text that a router meets divides by.
+    """
+
+    mask: Tensor
+    count: Tensor
+
+
+@dataclass
 class Choice:
     """What one router chose. experts, gates: (tokens, top_k); penalty: scalar, its weighted auxiliary losses."""
 
@@ -74,6 +85,7 @@ class RoutingStats:
     choices: of every MoE layer and recursion pass, passes innermost; empty for a model without experts.
     rows, seq: batch rows and clean tokens of each. experts, passes: how many there are.
     penalty: scalar, the sum of the weighted auxiliary losses; 0 when none is switched on.
+    text: which tokens count, bool (rows, seq + section); None = all.
     """
 
     choices: list[Choice]
@@ -82,10 +94,11 @@ class RoutingStats:
     seq: int
     experts: int
     passes: int
+    text: Tensor | None = None
 
     @cached_property
     def load(self) -> Tensor:
-        """Tokens sent to each expert, float (moe layers, passes, sections, experts); counted when first asked for."""
+        """Text sent to each expert, float tokens (moe layers, passes, sections, experts); counted when first asked."""
         if not self.choices:
             return torch.zeros(0, self.passes, 2, 0)
         chosen = torch.stack([choice.experts for choice in self.choices])  # (layers * passes, tokens, top_k)
@@ -94,7 +107,10 @@ class RoutingStats:
         place[:, :, self.seq :] += self.experts
         place += torch.arange(layers, device=place.device).view(-1, 1, 1, 1) * 2 * self.experts
         load = torch.zeros(layers * 2 * self.experts, device=place.device)
-        load.scatter_add_(0, place.flatten(), load.new_ones(()).expand(place.numel()))
+        counted = load.new_ones(()).expand(place.numel())
+        if self.text is not None:
+            counted = self.text[..., None].to(load.dtype).expand_as(place).flatten()
+        load.scatter_add_(0, place.flatten(), counted)
         return load.view(-1, self.passes, 2, self.experts)
 
 
@@ -113,11 +129,13 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.model.n_embd))
         self.register_buffer("selection_bias", torch.zeros(config.trm.max_depth, config.moe.num_experts))
 
-    def forward(self, x: Tensor, recursion: int = 0, drafts: DraftRouting | None = None) -> Choice:
+    def forward(
+        self, x: Tensor, recursion: int = 0, drafts: DraftRouting | None = None, text: Text | None = None
+    ) -> Choice:
         """x: (batch, tokens, n_embd); recursion: the pass, from 0. Passes deeper than trained use the last one's bias.
 
-        drafts: how masks share a choice, None = every token has its own. The gates of each token sum to
-        `moe.gate_scale`.
+        drafts: how masks share a choice, None = every token has its own. text: the tokens that are penalised, None =
+        all. The gates of each token sum to `moe.gate_scale`.
         """
         top_k = self.moe.top_k
         if drafts is not None:
@@ -131,20 +149,33 @@ class Router(nn.Module):
         chosen = (scores.detach() + bias).topk(top_k, dim=-1).indices
         gates = scores.gather(-1, chosen)
         gates = gates / gates.sum(-1, keepdim=True) * self.moe.gate_scale
-        penalty = self._penalty(logits, scores, chosen)
+        penalty = self._penalty(logits, scores, drafts, text)
         if drafts is not None:
             chosen, gates = drafts.spread(chosen), drafts.spread(gates)
         return Choice(chosen.view(-1, top_k), gates.view(-1, top_k), penalty)
 
-    def _penalty(self, logits: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+    def _penalty(self, logits: Tensor, scores: Tensor, drafts: DraftRouting | None, text: Text | None) -> Tensor:
+        """The weighted auxiliary losses. logits: (batch, routed, experts); scores: pooled, where drafts share them."""
         total = scores.new_zeros(())
+        if not self.moe.balance_loss and not self.moe.z_loss:
+            return total
+        mask = logits.new_ones(logits.shape[:2])  # (batch, routed)
+        if text is not None:
+            mask = (text.mask if drafts is None else drafts.routed(text.mask)).to(mask.dtype)
+
         if self.moe.balance_loss:
-            share = scores / scores.sum(-1, keepdim=True)
-            counts = torch.zeros_like(scores).scatter_(-1, chosen, 1.0).mean(1)  # (batch, experts)
+            scored = mask if drafts is None else drafts.pooled(mask[..., None])[..., 0].ceil()  # blocks with any text
+            part = (scored / scored.sum(1, keepdim=True).clamp(min=1))[..., None]  # of its sequence
+            share = (scores / scores.sum(-1, keepdim=True) * part).sum(1)  # (batch, experts)
+            chosen = scores.topk(self.moe.top_k, dim=-1).indices  # without the bias (DeepSeek-V3, eq. 18)
+            counts = (torch.zeros_like(scores).scatter_(-1, chosen, 1.0) * part).sum(1)
             frequency = counts * self.moe.num_experts / self.moe.top_k
-            total = total + self.moe.balance_loss * (frequency * share.mean(1)).sum(-1).mean()
+            sequences = scored.any(1).sum().clamp(min=1)
+            total = total + self.moe.balance_loss * (frequency * share).sum() / sequences
+
         if self.moe.z_loss:
-            total = total + self.moe.z_loss * logits.logsumexp(-1).square().mean()
+            squares = (logits.logsumexp(-1).square() * mask).sum()
+            total = total + self.moe.z_loss * squares / (mask.sum() if text is None else text.count.clamp(min=1e-6))
         return total
 
 
@@ -295,13 +326,14 @@ class MoE(nn.Module):
         self.shared = MLP(n_embd, hidden * config.moe.num_shared) if config.moe.num_shared else None
 
     def forward(
-        self, x: Tensor, weights: Weights, recursion: int = 0, drafts: DraftRouting | None = None
+        self, x: Tensor, weights: Weights, recursion: int = 0,
+        drafts: DraftRouting | None = None, text: Text | None = None,
     ) -> tuple[Tensor, Choice]:
-        """x: (batch, tokens, n_embd); recursion: the pass; drafts: how a mask section is routed.
+        """x: (batch, tokens, n_embd); recursion: the pass; drafts: how a mask section is routed; text: what counts.
 
         Returns the layer's output and what the router chose.
         """
-        choice = self.router(x, recursion, drafts)
+        choice = self.router(x, recursion, drafts, text)
         y = self.experts(x.flatten(0, 1), choice, weights).view(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)

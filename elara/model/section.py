@@ -37,8 +37,12 @@ class MaskSection:
 
     def positions(self) -> Tensor:
         """Position that each section token stands for, (1 or batch, length)."""
-        starts = self.starts.view(-1, self.starts.shape[-1], 1)
-        return (starts + torch.arange(self.block_length, device=starts.device)).flatten(1)
+        return block_positions(self.starts.view(-1, self.starts.shape[-1]), self.block_length)
+
+
+def block_positions(starts: Tensor, length: int) -> Tensor:
+    """Positions of all tokens of blocks that begin at `starts`, (..., n_blocks) -> (..., n_blocks * length)."""
+    return (starts[..., None] + torch.arange(length, device=starts.device)).flatten(-2)
 
 
 @dataclass
@@ -47,6 +51,17 @@ class Supervision:
 
     targets: Tensor
     weights: Tensor | None
+
+
+def draw_starts(seq: int, config: TiDARConfig, generator: torch.Generator) -> Tensor:
+    """First positions of a step's blocks in rows of `seq` tokens, ascending; the first that `draw_section` draws."""
+    length = config.block_length
+    offset = 1 + int(torch.randint(min(length, seq - length), (1,), generator=generator))
+    starts = torch.arange(offset, seq - length + 1, length)
+    keep = max(1, round(config.block_fraction * len(starts)))
+    if keep < len(starts):
+        starts = starts[torch.randperm(len(starts), generator=generator)[:keep].sort().values]
+    return starts
 
 
 def draw_section(
@@ -63,13 +78,8 @@ def draw_section(
     (MDLM, arXiv 2406.07524, eq. 10).
     """
     batch, seq = tokens.shape
-    length = config.block_length
-    offset = 1 + int(torch.randint(min(length, seq - length), (1,), generator=generator))
-    starts = torch.arange(offset, seq - length + 1, length)
-    keep = max(1, round(config.block_fraction * len(starts)))
-    if keep < len(starts):
-        starts = starts[torch.randperm(len(starts), generator=generator)[:keep].sort().values]
-    section = MaskSection(starts, length, tokens)
+    starts = draw_starts(seq, config, generator)
+    section = MaskSection(starts, config.block_length, tokens)
     targets = tokens[:, to_device(section.positions()[0], tokens.device)]
     if config.schedule == "full":
         section.tokens = torch.full_like(targets, mask_id)

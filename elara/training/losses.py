@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elara.config import TiDARConfig
 from elara.device import to_device
-from elara.model import ElaraLM, RoutingStats, draw_section
+from elara.model import ElaraLM, RoutingStats, Text, draw_section
 from elara.model.linear import linear
 from elara.training.divergence import coarse_logprobs, divergence
 
-Average = Callable[[Tensor], Tensor]
 Parts = tuple[Tensor, Tensor]  # what is to be minimised, and the figures it is made of
 
 IGNORE = -100  # target that no loss counts
@@ -56,12 +56,20 @@ class Lesson:
     written: bool = False  # by the student itself: only what teachers say of it is learned
 
 
+class Counts(NamedTuple):
+    """What the means of a loss divide by, float scalars: targets of either head, and the text that routers meet."""
+
+    ar: Tensor
+    diffusion: Tensor
+    text: Tensor
+
+
 @dataclass
 class Losses:
     """total = ar + loss_weight * diffusion + penalty, where teachers have no say; scalars in nats per token.
 
-    ar, diffusion: cross entropies; diffusion is None without TiDAR. teachers: divergence by teacher, and of the
-    diffusion head by teacher + "_diffusion".
+    ar, diffusion: cross entropies; diffusion is None without TiDAR. counts: what they were divided by. teachers:
+    divergence by teacher, and of the diffusion head by teacher + "_diffusion".
     """
 
     total: Tensor
@@ -69,6 +77,7 @@ class Losses:
     diffusion: Tensor | None
     penalty: Tensor
     routing: RoutingStats
+    counts: Counts
     teachers: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -77,20 +86,19 @@ def head_loss(
     weight: Tensor,
     targets: Tensor,
     *,
+    count: Tensor | None = None,
     weights: Tensor | None = None,
-    over_ranks: Average | None = None,
     lesson: Lesson | None = None,
 ) -> Parts:
     """What a head is to minimise, and its figures: mean cross entropy, then each teacher's mean divergence, in nats.
 
-    hidden: (batch, seq, n_embd); weight: (vocab, n_embd); targets: (batch, seq) ids, IGNORE is left out of the mean;
-    weights: (batch, seq) factors on each place's loss, which do not change what the mean divides by. over_ranks:
-    averages the number of targets over ranks, so that the mean of their losses is the mean over all targets of all of
-    them. The logits of a large vocabulary are made and let go `ROWS` at a time.
+    hidden: (batch, seq, n_embd); weight: (vocab, n_embd); targets: (batch, seq) ids, IGNORE is left out; count: scalar,
+    what the means divide by, None = the targets; weights: (batch, seq) factors on each place's loss. The logits of a
+    large vocabulary are made and let go `ROWS` at a time.
     """
-    count = (targets != IGNORE).sum()
-    count = (count if over_ranks is None else over_ranks(count.float())).clamp(min=1)
-    scale = (targets != IGNORE) / count  # (batch, seq)
+    counted = targets != IGNORE
+    count = counted.sum().float() if count is None else count
+    scale = counted / count.clamp(min=1e-6)  # (batch, seq); without any target all are 0
     scale = (scale if weights is None else scale * weights).flatten()
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     opinions = [] if lesson is None else [_rows(opinion) for opinion in lesson.opinions]
@@ -101,13 +109,14 @@ def head_loss(
         total = ce = (surprise * scale[rows]).sum()
         figures = [ce.detach()]
         if lesson is not None:
-            known = sum(share[rows] * (ids[rows] >= 0).any(1) for ids, _, share in opinions)  # 0 where none has a say
-            total = (surprise * scale[rows] * (1 - lesson.weight * known)).sum()
+            heeded = [share[rows] * (ids[rows] >= 0).any(1) for ids, _, share in opinions]  # 0 where it has no say
+            text = 0 if lesson.written else 1 - lesson.weight * sum(heeded)  # how much the cross entropy counts
+            total = (surprise * scale[rows] * text).sum()
             if lesson.temperature != 1:
                 logprobs = (logits / lesson.temperature).log_softmax(1)
-            for ids, theirs, share in opinions:
+            for (ids, theirs, _), share in zip(opinions, heeded, strict=True):
                 student = coarse_logprobs(logprobs, ids[rows])
-                value = (divergence(student, theirs[rows], lesson.kind) * share[rows] * scale[rows]).sum()
+                value = (divergence(student, theirs[rows], lesson.kind) * share * scale[rows]).sum()
                 total = total + lesson.weight * lesson.temperature**2 * value
                 figures.append(value.detach())
         return total, torch.stack(figures)
@@ -167,6 +176,23 @@ class _Chunked(torch.autograd.Function):
         )
 
 
+def count_targets(
+    tokens: Tensor, weights: Tensor | None, places: Tensor | None, tidar: TiDARConfig, pad_id: int = -1
+) -> Tensor:
+    """The `Counts` of one batch in one tensor, float32 (3).
+
+    tokens, weights: as in `elara_loss`; places: (length) what the mask section stands for, None without one.
+    """
+    text = tokens != pad_id
+    target = text if weights is None else text & (weights != 0)
+    ar, met = target[:, 1:].sum(), text[:, :-1].sum()
+    if places is None:
+        return torch.stack([ar, torch.zeros_like(ar), met]).float()
+    if tidar.draft_routing != "anchor":  # then no mask meets a router
+        met = met + text[:, places].sum()
+    return torch.stack([ar, target[:, places].sum(), met]).float()
+
+
 def elara_loss(
     model: ElaraLM,
     tokens: Tensor,
@@ -176,7 +202,7 @@ def elara_loss(
     depth: int | None = None,
     pad_id: int = -1,
     place: tuple[int, int] = (0, 1),
-    over_ranks: Average | None = None,
+    counts: Counts | None = None,
     weights: Tensor | None = None,
     lesson: Lesson | None = None,
 ) -> Losses:
@@ -185,26 +211,30 @@ def elara_loss(
     tokens: (batch, seq + 1) ids; the first seq are read, the last seq predicted; `pad_id` marks padding, which is read
     as token 0 and never a target. weights: (batch, seq + 1), what every token counts as a target; those of 0 are read
     only and not part of the mean. lesson: what teachers say of them. generator: on the CPU, draws the supervised blocks
-    and hidden tokens. place: (rank, ranks) where `tokens` are one rank's rows of a global batch; over_ranks as in
-    `head_loss`.
+    and hidden tokens. place: (rank, ranks) where `tokens` are one rank's rows of a global batch. counts: of a batch of
+    which `tokens` are a part, divided by the number of its parts, so that the mean of the parts' losses is the loss of
+    the whole; None = what is counted here.
     """
     config = model.config.tidar
-    pad = tokens == pad_id
-    known = tokens.masked_fill(pad if weights is None else pad | (weights == 0), IGNORE)
-    inputs = tokens.masked_fill(pad, 0)[:, :-1]
-    section = supervision = None
+    text = tokens != pad_id
+    known = tokens.masked_fill(~text if weights is None else ~text | (weights == 0), IGNORE)
+    inputs = tokens.masked_fill(~text, 0)[:, :-1]
+    section = supervision = places = None
     if config.block_length:
         section, supervision = draw_section(inputs, config, mask_id, generator, place)
-    output = model(inputs, section=section, depth=depth)
+        places = to_device(section.positions()[0], inputs.device)
+    if counts is None:
+        counts = Counts(*count_targets(tokens, weights, places, config, pad_id).unbind())
+    met = text[:, :-1] if places is None else torch.cat([text[:, :-1], text[:, places]], 1)
+    output = model(inputs, section=section, depth=depth, text=Text(met, counts.text))
     total, (ar, *heard) = head_loss(
-        output.hidden, model.embed.weight, known[:, 1:],
-        weights=None if weights is None else weights[:, 1:], over_ranks=over_ranks, lesson=lesson,
+        output.hidden, model.embed.weight, known[:, 1:], count=counts.ar,
+        weights=None if weights is None else weights[:, 1:], lesson=lesson,
     )  # fmt: skip
     names = [] if lesson is None else [opinion.teacher for opinion in lesson.opinions]
     teachers = dict(zip(names, heard, strict=True))
     total, diffusion = total + output.routing.penalty, None
-    if section is not None and supervision is not None:
-        places = to_device(section.positions()[0], inputs.device)
+    if supervision is not None and places is not None:
         factors = None if weights is None else weights[:, places]
         if supervision.weights is not None:
             factors = supervision.weights if factors is None else supervision.weights * factors
@@ -215,9 +245,10 @@ def elara_loss(
         assert output.mask_hidden is not None
         mask_hidden = model.chained(output.mask_hidden, inputs[:, places - 1])
         to_minimise, (diffusion, *heard) = head_loss(
-            mask_hidden, model.diffusion_weight, known[:, places], weights=factors, over_ranks=over_ranks, lesson=lesson
-        )
+            mask_hidden, model.diffusion_weight, known[:, places],
+            count=counts.diffusion, weights=factors, lesson=lesson,
+        )  # fmt: skip
         teachers |= {f"{name}_diffusion": value for name, value in zip(names, heard, strict=False)}
-        if lesson is not None or not silent:
-            total = total + config.loss_weight * to_minimise
-    return Losses(total, ar, diffusion, output.routing.penalty, output.routing, teachers)
+        factor = 0.0 if silent and lesson is None else config.loss_weight  # of 0: DDP waits for every weight's gradient
+        total = total + factor * to_minimise
+    return Losses(total, ar, diffusion, output.routing.penalty, output.routing, counts, teachers)

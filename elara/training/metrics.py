@@ -16,30 +16,32 @@ SECTIONS = {CLEAN: "clean", MASK: "mask"}
 
 
 class Means(Metric):
-    """Weighted means of named scalars: one small tensor operation per update, nothing read back before `compute`."""
+    """Weighted means of named scalars: small tensor operations per update, nothing read back before `compute`."""
 
     full_state_update = False
-    total: Tensor  # (names + 1), the last entry counts the weights
+    total: Tensor  # (2, names): sums, and the weights that they count
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.add_state("total", torch.zeros(len(self.names) + 1, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(2, len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, values: Sequence[Tensor], weight: Tensor | float = 1.0) -> None:
-        """values: one scalar tensor per name; weight: how much this update counts, e.g. its number of tokens."""
-        row = torch.stack([value.detach().float() for value in values] + [values[0].new_ones((), dtype=torch.float32)])
-        self.total += row * weight
+    def update(self, values: Sequence[Tensor], weights: Sequence[Tensor] | Tensor | float = 1.0) -> None:
+        """values: one scalar tensor per name; weights: how much each counts, e.g. its number of tokens, or all do."""
+        row = torch.stack([value.detach().float() for value in values])
+        counts = torch.ones_like(row)
+        counts = counts * (torch.stack(list(weights)) if isinstance(weights, Sequence) else weights)
+        self.total += torch.stack([row * counts, counts])
 
     def compute(self) -> Tensor:
-        """(names + 1) means over all updates and ranks, and behind them what all updates counted."""
-        return torch.cat([self.total[:-1] / self.total[-1], self.total[-1:]])
+        """(2, names): the means over all updates and ranks, and the weights that they count."""
+        return torch.stack([self.total[0] / self.total[1], self.total[1]])
 
     def read(self) -> dict[str, float]:
-        """The means by name as Python numbers, none while there was no update; empties the metric."""
-        *means, count = self.compute().view(-1).tolist()
+        """The means by name as Python numbers, without those that nothing counts for; empties the metric."""
+        means, counts = self.compute().view(2, -1).tolist()
         self.reset()
-        return dict(zip(self.names, means, strict=True)) if count else {}
+        return {name: mean for name, mean, count in zip(self.names, means, counts, strict=True) if count}
 
 
 def loss_figures(section: str, loss_ar: float, chars_per_token: float | None) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning
@@ -15,12 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from elara.checkpoint import is_finite
-from elara.data.batches import Batch
+from elara.data.batches import Batch, FirstBatch
+from elara.device import to_device
 from elara.errors import NotFinite
-from elara.model import ElaraLM
+from elara.model import ElaraLM, block_positions, draw_starts
 from elara.tokenizer import Tokenizer
 from elara.training.balance import LoadBalancer, add_loads
-from elara.training.losses import Lesson, Losses, elara_loss
+from elara.training.losses import Counts, Lesson, Losses, count_targets, elara_loss
 from elara.training.metrics import Means, loss_figures
 from elara.training.optimizers import configure, hyperparameters
 from elara.training.schedules import Factor
@@ -39,7 +40,8 @@ class ElaraModule(lightning.LightningModule):
 
     optimizer: builds the optimizer from the model. schedule: gives the factor on its rate as a function of the step.
     teaching: what teachers say of a batch; None without any.
-    uneven: not every token of a training window is a target, so that ranks have different numbers of them.
+    uneven: not every token of a training window is a target, so that batches have different numbers of them. With
+    accumulation the loader must then be an `elara.data.batches.Steps`.
     """
 
     def __init__(
@@ -70,13 +72,16 @@ class ElaraModule(lightning.LightningModule):
         self.train_means = Means([*losses, *(f"loss_{name}" for name in heard)])
         self.written_means = Means([f"loss_{name}{WRITTEN}" for name in heard])  # of what the student wrote itself
         self.grad_means = Means(("grad_norm",))
-        self.val_means = Means(losses)
+        self.val_means = Means(losses[1:])  # each by its own counts; the loss is made of them
         self.load: Tensor | None = None  # (layers, passes, sections, experts) since the last log
         self.lr = 0.0  # rate of the last step, first parameter group
         self.latest: dict[str, float] = {}  # newest value of every figure recorded
         self.resumed_step = 0  # where training goes on, before the trainer has read its own state
         self.saved_weights: dict[str, Tensor] = {}  # passes from the trainer's checkpoint to ours
         self._generator = torch.Generator()
+        self._begun = -1  # optimizer step whose counts these are
+        self._counts: Counts | None = None  # what its means divide by; None = every micro-batch counts alike
+        self._written: list[tuple[Batch, Lesson]] = []  # by the student, for the micro-batches to come
 
     @property
     def step(self) -> int:
@@ -109,6 +114,14 @@ class ElaraModule(lightning.LightningModule):
         due = self.stops or (isinstance(every, int) and (batch_idx + 1) % every == 0)
         return self.trainer.enable_validation and due
 
+    def depth(self) -> int | None:
+        """Recursion depth of this step, the same for all its micro-batches and ranks; None = the model's own."""
+        bounds = self.model.config.trm.sample_depth
+        if bounds is None:
+            return None
+        low, high = bounds
+        return low + _mix(self.seed, "depth", self.trainer.global_step) % (high - low + 1)
+
     def configure_model(self) -> None:
         """Shard the model where the strategy does so (`elara.training.sharding`)."""
         if isinstance(self.trainer.strategy, FSDP):
@@ -119,34 +132,85 @@ class ElaraModule(lightning.LightningModule):
 
         Dropout differs between ranks; `ExactResume` brings back what it was.
         """
+        self._begun = -1
         configure(self.trainer.optimizers[0], self._rates, self._hyperparameters)
         if self.global_rank:
             torch.manual_seed(_mix(self.seed, "rank", self.global_rank))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the loss of this micro-batch."""
+    def training_step(self, batch: Batch | FirstBatch, batch_idx: int) -> Tensor:
+        """Returns the part of this micro-batch in the loss of its step, times their number: Lightning divides by it.
+
+        The loss of a step is the mean over all targets of all its micro-batches and ranks.
+        """
         torch.set_autocast_cache_enabled(True)  # Lightning has it off; recursion would cast each weight once per pass
+        batch, ahead = (Batch(*batch[:3]), batch.ahead) if isinstance(batch, FirstBatch) else (batch, ())
+        if self._begun != self.trainer.global_step:
+            self._begin_step([batch, *ahead], batch_idx)
+        written = bool(self._written)
+        batch, lesson = self._written.pop(0) if written else (batch, self._lesson(batch))
+
         generator, place = self._seeded("train", batch_idx), (self.global_rank, self.trainer.world_size)
-        batch, lesson, written = self._taught(batch, batch_idx)
-        uneven = self.uneven or written
         losses = elara_loss(
-            self.model, batch.tokens, generator, self.tokenizer.mask_id, depth=self._depth(), place=place,
-            weights=batch.weights, lesson=lesson, over_ranks=self._mean_over_ranks if uneven and place[1] > 1 else None,
+            self.model, batch.tokens, generator, self.tokenizer.mask_id, depth=self.depth(), place=place,
+            weights=batch.weights, lesson=lesson, counts=self._counts,
         )  # fmt: skip
         self.balancer.add(losses.routing)
         means = self.written_means if written else self.train_means
         means.update(self._parts(losses, means))
         return losses.total
 
-    def _taught(self, batch: Batch, batch_idx: int) -> tuple[Batch, Lesson | None, bool]:
-        """A batch, what teachers say of it, and whether the student wrote it itself, as it does in some steps."""
+    def _begin_step(self, batches: list[Batch], batch_idx: int) -> None:
+        """Let the student write this step's micro-batches, if it does, and count all that the step learns from."""
+        self._begun = self.trainer.global_step
+        self._written = self._write(batches, batch_idx)
+        if self._written:
+            batches = [written for written, _ in self._written]
+        self._counts = self._count(batches, batch_idx, uneven=self.uneven or bool(self._written))
+
+    def _count(self, batches: list[Batch], batch_idx: int, *, uneven: bool) -> Counts | None:
+        """What this step's means divide by, per micro-batch and rank; None where all of these count alike.
+
+        Blocks of other places may be one more or fewer, where the windows are no multiple of their length.
+        """
+        config, seq = self.model.config.tidar, batches[0].tokens.shape[1] - 1
+        size = self.trainer.accumulate_grad_batches
+        uneven = uneven or batches[0].weights is not None
+        blocks_differ = size > 1 and config.block_length > 0 and seq % config.block_length > 0
+        ranks = self.trainer.world_size if uneven else 1
+        if not blocks_differ and (not uneven or size * ranks == 1):
+            return None
+        if len(batches) < size:
+            assert not uneven, "the batches of a step count differently: give the loader to elara.data.batches.Steps"
+            batches = batches[:1] * size
+
+        device = batches[0].tokens.device
+        total = torch.zeros(3, device=device)
+        for index, batch in enumerate(batches, batch_idx):
+            places = None
+            if config.block_length:
+                starts = draw_starts(seq, config, self._seeded("train", index))
+                places = to_device(block_positions(starts, config.block_length), device)
+            total += count_targets(batch.tokens, batch.weights, places, config)
+        if ranks > 1:
+            torch.distributed.all_reduce(total)
+        return Counts(*(total / (size * ranks)).unbind())
+
+    def _lesson(self, batch: Batch) -> Lesson | None:
+        """What teachers say of a batch."""
+        return None if self.teaching is None else self.teaching.lesson(batch)
+
+    def _write(self, batches: Sequence[Batch], batch_idx: int) -> list[tuple[Batch, Lesson]]:
+        """What the student itself writes in place of a step's batches, and what teachers say of it; in some steps."""
         if self.teaching is None:
-            return batch, None, False
+            return []
         drawn = _mix(self.seed, "on_policy", self.trainer.global_step) / (1 << 63)
         if drawn >= self.teaching.settings.on_policy:
-            return batch, self.teaching.lesson(batch), False
-        seed = (_mix(self.seed, "written", batch_idx) >> 1) + self.global_rank * len(batch.tokens)
-        return *self.teaching.on_policy(self.model, self.tokenizer, batch, seed), True
+            return []
+        written = []
+        for index, batch in enumerate(batches, batch_idx):
+            seed = (_mix(self.seed, "written", index) >> 1) + self.global_rank * len(batch.tokens)
+            written.append(self.teaching.on_policy(self.model, self.tokenizer, batch, seed))
+        return written
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Ask for a validation behind the last step, so that a run never ends without one."""
@@ -180,12 +244,16 @@ class ElaraModule(lightning.LightningModule):
         generator, place = self._seeded("val", batch_idx), (self.global_rank, self.trainer.world_size)
         tokens, weights = batch.tokens, None if batch.weights is None else (batch.weights > 0).float()
         losses = elara_loss(self.model, tokens, generator, self.tokenizer.mask_id, place=place, weights=weights)
-        targets = tokens[:, 1:] >= 0 if weights is None else weights[:, 1:] > 0
-        self.val_means.update(self._parts(losses, self.val_means), targets.sum())
+        counts = {"loss_ar": losses.counts.ar, "loss_diffusion": losses.counts.diffusion}
+        counts["moe_penalty"] = losses.counts.text
+        self.val_means.update(self._parts(losses, self.val_means), [counts[name] for name in self.val_means.names])
 
     def on_validation_epoch_end(self) -> None:
         """Record the figures of the whole validation under val/."""
-        figures = {f"val/{name}": value for name, value in self.val_means.read().items()}
+        means = self.val_means.read()
+        diffusion = self.model.config.tidar.loss_weight * means.get("loss_diffusion", 0.0)
+        means = {"loss": means["loss_ar"] + diffusion + means.get("moe_penalty", 0.0), **means}
+        figures = {f"val/{name}": value for name, value in means.items()}
         figures |= loss_figures("val", figures["val/loss_ar"], self.chars_per_token)
         self.record(figures)
         self.check_finite(figures)
@@ -210,7 +278,7 @@ class ElaraModule(lightning.LightningModule):
         weights = torch.stack([is_finite(v.to_local() if isinstance(v, DTensor) else v) for v in state]).all()
         figures = {"a weight": weights}
         for means in (self.train_means, self.written_means, self.grad_means):
-            named = zip(means.names, means.total[:-1].isfinite(), strict=True)
+            named = zip(means.names, means.total[0].isfinite(), strict=True)
             figures |= {f"train/{name}": fine for name, fine in named}
         fine = torch.stack(list(figures.values())).to(self.device, torch.float32)
         if self.trainer.world_size > 1:
@@ -260,18 +328,6 @@ class ElaraModule(lightning.LightningModule):
         for name, value in losses.teachers.items():
             parts |= {f"loss_{name}": value, f"loss_{name}{WRITTEN}": value}
         return [part for name in means.names if (part := parts[name]) is not None]
-
-    def _depth(self) -> int | None:
-        """Recursion depth of this step, the same for all its micro-batches and ranks; None = the model's own."""
-        bounds = self.model.config.trm.sample_depth
-        if bounds is None:
-            return None
-        low, high = bounds
-        return low + _mix(self.seed, "depth", self.trainer.global_step) % (high - low + 1)
-
-    def _mean_over_ranks(self, count: Tensor) -> Tensor:
-        torch.distributed.all_reduce(count)
-        return count / self.trainer.world_size
 
     def _seeded(self, purpose: str, batch_idx: int) -> torch.Generator:
         # the last 0 was the rank, when ranks drew sections of their own: runs from then go on as they began

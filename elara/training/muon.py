@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,14 +56,17 @@ def _shard(whole: Tensor, p: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized, for the matrices (Keller Jordan, 2024; arXiv 2502.16982); fused AdamW for the rest.
 
-    Groups carry `kind` ("muon" or "adamw"), `lr`, `weight_decay`; muon groups also `momentum` and `split`: how many
-    stacked matrices the rows of each parameter hold (fused projections are orthogonalized one by one). `dtype` is the
-    arithmetic of the Newton-Schulz steps: "float32", "bfloat16", or None for the device's fast one. Weights may be
-    sharded (FSDP2): every rank then gathers and orthogonalizes all updates, and applies its rows.
+    Groups carry `kind` ("muon" or "adamw"), `lr`, `weight_decay`; muon groups also `momentum`. `rows`: of every
+    parameter of a muon group, the rows of each matrix that is stacked in it (fused projections are orthogonalized one
+    by one). `dtype` is the arithmetic of the Newton-Schulz steps: "float32", "bfloat16", or None for the device's fast
+    one. Weights may be sharded (FSDP2): every rank then gathers and orthogonalizes all updates, and applies its rows.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, dtype: str | None = None) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], rows: Mapping[Tensor, Sequence[int]], *, dtype: str | None = None
+    ) -> None:
         self.dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        self._rows = {p: list(sizes) for p, sizes in rows.items()}  # not in the groups: what is saved needs no shapes
         super().__init__(groups, {})
 
     @torch.no_grad()
@@ -80,25 +83,30 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any]) -> None:
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for p, parts in zip(group["params"], group["split"], strict=True):
+        updates: list[tuple[Tensor, Tensor]] = []
+        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)  # views of the updates
+        for p in group["params"]:
             if p.grad is None:
                 continue
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
             momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
-            rows = p.shape[-2] // parts
-            shape = (rows, p.shape[-1])
-            by_shape[shape].append((p, _whole(update).view(-1, *shape)))
-        for (rows, columns), pairs in by_shape.items():
-            updates = torch.cat([update for _, update in pairs])
-            updates = orthogonalize(updates.to(self.dtype or fast_dtype(updates.device)))
-            rate = group["lr"] * max(1, rows / columns) ** 0.5
-            for (p, _), update in zip(pairs, updates.split([len(part) for _, part in pairs]), strict=True):
-                mine = p.to_local() if isinstance(p, DTensor) else p
-                mine.mul_(1 - group["lr"] * group["weight_decay"]).add_(_shard(update.reshape(p.shape), p), alpha=-rate)
+            update = _whole(p.grad.lerp(momentum, group["momentum"]))  # Nesterov
+            updates.append((p, update))
+            for part in update.split(self._rows[p], -2):
+                by_shape[part.shape[-2], part.shape[-1]].append(part)
+
+        for (rows, columns), parts in by_shape.items():
+            matrices = torch.cat([part.reshape(-1, rows, columns) for part in parts])
+            matrices = orthogonalize(matrices.to(self.dtype or fast_dtype(matrices.device)))
+            counts = [part.numel() // (rows * columns) for part in parts]
+            for part, found in zip(parts, matrices.split(counts), strict=True):
+                part.copy_(found.view(part.shape)).mul_(max(1, rows / columns) ** 0.5)
+
+        for p, update in updates:
+            mine = p.to_local() if isinstance(p, DTensor) else p
+            mine.mul_(1 - group["lr"] * group["weight_decay"]).add_(_shard(update, p), alpha=-group["lr"])
 
     def _adamw(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]

@@ -36,17 +36,16 @@ def muon(
     dtype: str | None = None,
 ) -> torch.optim.Optimizer:
     """Muon for the matrices of attention, MLPs and experts; AdamW with `adam_lr` for embedding, head, router, norms."""
-    split = _matrices(model)
-    rest = [(name, p) for name, p in model.named_parameters() if p not in split]
+    matrices = _matrices(model)
+    rest = [(name, p) for name, p in model.named_parameters() if p not in matrices]
     decay, plain = _by_decay(rest)
     adam: dict[str, Any] = {"kind": "adamw", "lr": adam_lr, "betas": tuple(betas), "eps": eps}
-    matrices = {"kind": "muon", "params": list(split), "split": list(split.values())}
     groups = [
-        {**matrices, "lr": lr, "momentum": momentum, "weight_decay": weight_decay},
+        {"kind": "muon", "params": list(matrices), "lr": lr, "momentum": momentum, "weight_decay": weight_decay},
         {**adam, "params": decay, "weight_decay": weight_decay},
         {**adam, "params": plain, "weight_decay": 0.0},
     ]
-    return Muon([g for g in groups if g["params"]], dtype=dtype)
+    return Muon([g for g in groups if g["params"]], matrices, dtype=dtype)
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -66,20 +65,20 @@ def configure(optimizer: torch.optim.Optimizer, schedule: LambdaLR, wanted: list
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def _matrices(model: ElaraLM) -> dict[Tensor, int]:
-    """Hidden matrices and how many are stacked in the rows of each: q, k, v in one projection, gate, up in another."""
-    split: dict[Tensor, int] = {}
+def _matrices(model: ElaraLM) -> dict[Tensor, list[int]]:
+    """Hidden matrices and the rows of each that is stacked in them: q, k, v in one projection, gate, up in another."""
+    rows: dict[Tensor, list[int]] = {}
     for module in model.modules():
         if isinstance(module, Attention):
-            split[module.qkv.weight] = 3 if module.n_head == module.n_kv_head else 1
-            split[module.out.weight] = 1
+            rows[module.qkv.weight] = [heads * module.head_dim for heads in (module.n_head, *2 * (module.n_kv_head,))]
+            rows[module.out.weight] = [module.out.weight.shape[0]]
         elif isinstance(module, MLP):
-            split[module.gate_up.weight] = 2
-            split[module.down.weight] = 1
+            rows[module.gate_up.weight] = 2 * [module.gate_up.weight.shape[0] // 2]
+            rows[module.down.weight] = [module.down.weight.shape[0]]
         elif isinstance(module, Experts):
-            split[module.gate_up] = 2
-            split[module.down] = 1
-    return split
+            rows[module.gate_up] = 2 * [module.gate_up.shape[1] // 2]
+            rows[module.down] = [module.down.shape[1]]
+    return rows
 
 
 def _by_decay(named: list[tuple[str, nn.Parameter]]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

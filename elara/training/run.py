@@ -165,7 +165,7 @@ def build(config: DictConfig, settings: Mapping[str, Any]) -> Parts:
         optimizer=factory(config.optimizer, "optimizer"),
         schedule=factory(config.schedule, "schedule")(config.trainer.max_steps),
         chars_per_token=None if prepared.val.weights is not None else val["characters"] / val["tokens"],
-        uneven=not data_config.cross_documents or prepared.train.weights is not None or data_config.replay.share > 0,
+        uneven=data.uneven,
         teaching=teaching,
     )
     return Parts(trainer, module, data)

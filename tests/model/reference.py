@@ -121,13 +121,14 @@ def moe(
                 scores = torch.stack([1 / (1 + torch.exp(-each)) for each in own]).mean(0)
             biased = (scores.detach() + bias).tolist()
             chosen = sorted(range(c.num_experts), key=lambda e: -biased[e])[: c.top_k]
+            unbiased = sorted(range(c.num_experts), key=lambda e: -scores[e].item())[: c.top_k]
             total = sum(scores[e] for e in chosen)
             for e in range(c.num_experts):
                 y = swiglu_mlp(token, p[f"{name}.experts.gate_up"][e], p[f"{name}.experts.down"][e])
                 if e in chosen:
                     out[row, i] = out[row, i] + scores[e] / total * c.gate_scale * y
                     load[0 if i < seq else 1, e] += 1
-                    counts[e] += i < routed
+                counts[e] += e in unbiased and i < routed
             if i < routed:
                 shares = shares + scores / scores.sum()
                 z = z + torch.log(torch.exp(logits).sum()) ** 2

@@ -170,6 +170,8 @@ def test_flops_count_active_experts_every_pass_and_the_mask_section() -> None:
     expected = 1.25 * 3 * (6 * active + attention) + 6 * 1.25 * 64 * 256
     assert flops_per_token(ElaraLM(full), 128) == pytest.approx(expected)
     assert flops_per_token(ElaraLM(full), 128) > 3 * flops_per_token(ElaraLM(dense), 128)
+    deeper = 1.25 * 5 * (6 * active + attention) + 6 * 1.25 * 64 * 256
+    assert flops_per_token(ElaraLM(full), 128, depth=5) == pytest.approx(deeper)
     chained = replace(full, tidar=replace(full.tidar, chain=True))  # an MLP of 2 n -> n -> n for every mask
     assert flops_per_token(ElaraLM(chained), 128) == pytest.approx(expected + 6 * 0.25 * 5 * 64 * 64)
 

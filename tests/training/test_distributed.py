@@ -32,6 +32,10 @@ SHAPES = {
     "random masks and accumulation": [*ADAMW, "tidar=block_diffusion", "trainer.accumulate_grad_batches=2"],
     "whole stack twice, recomputed": [*ADAMW, "trm=depth2_stack", "trm.checkpoint=true"],
     "padded windows": [*ADAMW, "data.cross_documents=false", "data.path=documents"],
+    "padded windows and accumulation": [
+        *ADAMW, "data.cross_documents=false", "data.path=documents", "trainer.accumulate_grad_batches=2",
+        "moe.balance_loss=0.01", "moe.z_loss=0.01",
+    ],
     "muon": ["optimizer=muon", "optimizer.eps=1e-4", "optimizer.dtype=float32"],
 }
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elara.config import ElaraConfig, ModelConfig, TiDARConfig
+from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.model import ElaraLM, draw_section
 from elara.training.divergence import KINDS
 from elara.training.losses import Lesson, Opinion, elara_loss
@@ -147,3 +147,115 @@ def test_a_teacher_may_leave_the_diffusion_head_alone() -> None:
     assert half.total.item() == pytest.approx(
         (half.ar.item() + half.teachers["a"].item()) / 2 + 0.5 * plain.diffusion.item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("vocab", [64, 4160])
+@pytest.mark.parametrize("tidar", [TiDARConfig(), TiDARConfig(block_length=4)], ids=["ar", "diffusion"])
+def test_of_what_the_student_wrote_only_what_teachers_say_is_learned(tidar: TiDARConfig, vocab: int) -> None:
+    model, tokens = small_model(tidar, vocab), rows()
+
+    def learned(heard: list[Opinion]) -> tuple[float, list[torch.Tensor]]:
+        model.zero_grad()
+        lesson = Lesson(heard, weight=1.0, written=True)
+        losses = elara_loss(model, tokens, torch.Generator().manual_seed(1), MASK, lesson=lesson)
+        losses.total.backward()
+        assert all(p.grad is not None for p in model.parameters())  # DDP waits for all of them
+        return losses.total.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    half = torch.full((12,), 0.5)
+    (speaks, _), (other, _) = opinion("a", 6, half, vocab, 1.0), opinion("b", 7, half, vocab, 1.0)
+    silent = replace(other, ids=torch.full_like(other.ids, -1))
+    total, gradients = learned([replace(speaks, ids=silent.ids), silent])
+    assert total == 0 and not any(gradient.any() for gradient in gradients)
+
+    total, gradients = learned([speaks, silent])  # where one is silent, the other has only its own share
+    expected, wanted = learned([speaks])
+    assert total == pytest.approx(expected, rel=1e-6) and total > 0
+    for found, gradient in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_without_a_teacher_of_drafts_what_the_student_wrote_teaches_them_nothing() -> None:
+    model, tokens = small_model(TiDARConfig(block_length=4)), rows()
+    heard, _ = opinion("a", 6, torch.ones(12), 64, 1.0)
+    lesson = Lesson([heard], weight=1.0, diffusion=False, written=True)
+    losses = elara_loss(model, tokens, torch.Generator().manual_seed(1), MASK, lesson=lesson)
+    losses.total.backward()
+    assert losses.total.item() == pytest.approx(losses.teachers["a"].item(), rel=1e-6)
+    assert model.diffusion is not None and model.diffusion.weight.grad is not None  # DDP waits for it
+    assert not model.diffusion.weight.grad.any()
+
+
+def routed_model(**tidar: object) -> ElaraLM:
+    torch.manual_seed(3)
+    sizes = ModelConfig(n_layer=2, n_embd=32, n_head=2, hidden=48, vocab_size=64, context_length=32, init_std=0.2)
+    moe = MoEConfig(num_experts=4, every=1, balance_loss=0.3, z_loss=0.2)
+    model = ElaraLM(ElaraConfig(sizes, moe, TRMConfig(depth=2), TiDARConfig(**tidar)))  # type: ignore[arg-type]
+    for name, bias in model.named_buffers():
+        if name.endswith("selection_bias"):
+            bias += torch.randn(bias.shape, generator=torch.Generator().manual_seed(4)) / 10
+    return model
+
+
+def test_padding_counts_neither_in_loads_nor_in_penalties() -> None:
+    """A batch with padding against its rows, each cut where its text ends."""
+    model, tokens = routed_model(), rows()
+    tokens[5:, 9:], tokens[7] = PAD, PAD
+    found = elara_loss(model, tokens, torch.Generator(), MASK).routing
+    load, balance, z, count, filled = torch.zeros_like(found.load), 0.0, 0.0, 0, 0
+    for row in tokens:
+        text = row[:-1][row[:-1] != PAD]  # the last one of a window is not read
+        if not len(text):
+            continue
+        alone = model(text[None]).routing
+        load += alone.load
+        model.config.moe.z_loss = 0.0
+        even = model(text[None]).routing.penalty.item()
+        model.config.moe.z_loss = 0.2
+        balance, z = balance + even, z + (alone.penalty.item() - even) * len(text)
+        count, filled = count + len(text), filled + 1
+    assert torch.equal(found.load, load)
+    assert found.penalty.item() == pytest.approx(balance / filled + z / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["token", "block", "anchor"])
+def test_masks_that_stand_for_padding_do_not_count(kind: str) -> None:
+    model, tokens = routed_model(block_length=4, block_fraction=0.7, draft_routing=kind), rows()
+    met: list[tuple[torch.Tensor, torch.Tensor]] = []  # what every router read, and its matrix
+    for name, router in model.named_modules():
+        if name.endswith("router"):
+            router.register_forward_hook(lambda module, args, out: met.append((args[0], module.weight)))
+    found = elara_loss(model, tokens, torch.Generator().manual_seed(1), MASK).routing
+    section, _ = draw_section(
+        tokens.clamp(min=0)[:, :-1], model.config.tidar, MASK, torch.Generator().manual_seed(1)
+    )
+    text = torch.cat([tokens[:, :-1], tokens[:, section.positions()[0]]], 1) != PAD
+    assert not text[:, 32:].all() and text[:, 32:].any()
+
+    for index, choice in enumerate(found.choices):
+        experts = choice.experts.view(12, -1, 2)
+        for part, (one, other) in enumerate(((0, 32), (32, None))):
+            wanted = experts[:, one:other][text[:, one:other]].flatten().bincount(minlength=4).float()
+            assert torch.equal(found.load[index // 2, index % 2, part], wanted)
+
+    penalty = 0.0
+    for x, weight in met:
+        logits = (x.double() @ weight.double().T).detach()
+        scores = logits.sigmoid()
+        z = logits.exp().sum(-1).log() ** 2
+        squares, balance = list[float](), list[float]()
+        for row in range(12):
+            here = scored = text[row]
+            values = scores[row]
+            if kind == "anchor":
+                here, scored, values = here[:32], scored[:32], values[:32]
+            if kind == "block":
+                scored = torch.cat([here[:32], here[32:].unflatten(0, (-1, 4)).any(1)])
+                values = torch.cat([values[:32], values[32:].unflatten(0, (-1, 4)).mean(1)])
+            squares += z[row, : len(here)][here].tolist()
+            values = values[scored]
+            chosen = values.topk(2).indices.flatten().bincount(minlength=4) / len(values)
+            share = (values / values.sum(-1, keepdim=True)).mean(0)
+            balance.append(float((chosen * 4 / 2 * share).sum()))
+        penalty += 0.3 * sum(balance) / 12 + 0.2 * sum(squares) / len(squares)
+    assert found.penalty.item() == pytest.approx(penalty, rel=1e-5)

@@ -21,6 +21,14 @@ def test_means_are_weighted_and_reading_empties_them() -> None:
     assert means.read() == {"a": 7.0, "b": 8.0}
 
 
+def test_every_mean_may_have_weights_of_its_own() -> None:
+    means = Means(("a", "b", "c"))
+    zero, one, two = (torch.tensor(float(n)) for n in range(3))
+    means.update([one, 2 * one, one], [2 * one, one, zero])
+    means.update([4 * one, 5 * one, one], [one, two, zero])
+    assert means.read() == {"a": 2.0, "b": 4.0}  # nothing counts for c
+
+
 def test_means_do_not_lose_small_values_among_many() -> None:
     means = Means(("a",))
     for _ in range(10_000):

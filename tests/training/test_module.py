@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.data.batches import Batch
-from elara.model import CLEAN, ElaraLM
+from elara.model import CLEAN, ElaraLM, draw_section
 from elara.training import optimizers, schedules
-from elara.training.callbacks import Metrics
+from elara.training.callbacks import Metrics, throughput
 from elara.training.losses import elara_loss
 from elara.training.module import ElaraModule
 
@@ -72,13 +72,14 @@ class Rows(lightning.pytorch.loggers.Logger):
         self.rows.setdefault(step or 0, {}).update(metrics)
 
 
-def fit(module: ElaraModule, **options: Any) -> dict[int, dict[str, float]]:
+def fit(module: ElaraModule, *callbacks: lightning.Callback, **options: Any) -> dict[int, dict[str, float]]:
     rows = Rows()
+    options = {"log_every_n_steps": 1, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
             accelerator="cpu", max_steps=6, accumulate_grad_batches=MICRO, gradient_clip_val=0.5, logger=rows,
-            callbacks=[Metrics()], log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False,
+            callbacks=[Metrics(), *callbacks], enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, limit_val_batches=0, **options,
         )  # fmt: skip
         trainer.fit(module, DataLoader(Tokens(), batch_size=None, sampler=Endless()))
@@ -152,3 +153,65 @@ def test_sampled_depths_cover_the_range_and_every_layer_is_logged_by_pass() -> N
     passes = [{int(n.split("/")[2].removeprefix("pass")) for n in row if n.startswith("moe/")} for row in rows.values()]
     assert {max(found) + 1 for found in passes} == {1, 2, 3}
     assert rows == fit(make_module(make_model(sample_depth=[1, 3])))
+
+
+def test_every_validation_loss_is_a_mean_over_its_own_targets() -> None:
+    """Batches whose targets lie differently for the two heads; rows, and a batch, of nothing but padding."""
+    tokens = [Tokens()[index].tokens for index in range(4)]
+    tokens[0][:, 20:], tokens[1][1:, 5:], tokens[2][2:], tokens[3][:] = -1, -1, -1, -1
+    model = make_model()
+    model.config.moe.balance_loss, model.config.moe.z_loss, rows = 0.1, 0.1, Rows()
+    module = make_module(model)
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=rows, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.validate(module, DataLoader([Batch(each) for each in tokens], batch_size=None), verbose=False)  # type: ignore[arg-type]
+
+    sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2)
+    for index, each in enumerate(tokens):
+        inputs = each.clamp(min=0)[:, :-1]
+        section, _ = draw_section(inputs, model.config.tidar, MASK, module._seeded("val", index))
+        output = model(inputs, section=section)
+        assert output.mask_hidden is not None
+        heads = (model.ar_head(output.hidden), each[:, 1:]), (
+            model.diffusion_head(output.mask_hidden), each[:, section.positions()[0]]
+        )  # fmt: skip
+        for head, (logits, targets) in enumerate(heads):
+            surprise = -logits.double().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+            sums[head] += surprise[targets >= 0].sum().detach()
+            counts[head] += (targets >= 0).sum()
+    (row,) = rows.rows.values()
+    ar, diffusion = (sums / counts).tolist()
+    assert row["val/loss_ar"] == pytest.approx(ar, rel=1e-6)
+    assert row["val/loss_diffusion"] == pytest.approx(diffusion, rel=1e-6)
+    assert row["val/moe_penalty"] > 0
+    assert row["val/loss"] == pytest.approx(ar + 0.5 * diffusion + row["val/moe_penalty"], rel=1e-6)
+
+
+class Depths(lightning.Callback):
+    """Keeps the recursion depth that every micro-batch was computed at."""
+
+    def __init__(self) -> None:
+        self.values: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.handle = module.model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, model: ElaraLM, args: Any, kwargs: Any) -> None:
+        self.values.append(kwargs["depth"])
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.handle.remove()
+
+
+def test_utilisation_counts_the_depths_that_were_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "peak_flops", lambda device: 1e12)
+    model, depths = make_model(sample_depth=[1, 3]), Depths()
+    rows = fit(make_module(model), depths, throughput.Throughput(), log_every_n_steps=3)
+    assert list(rows) == [3, 6] and len(set(depths.values)) > 1
+    for row, drawn in zip(rows.values(), (depths.values[:6], depths.values[6:]), strict=True):
+        wanted = sum(throughput.flops_per_token(model, 32, depth) for depth in drawn) / len(drawn)
+        assert row["train/mfu"] * 1e12 / row["train/tokens_per_second"] == pytest.approx(wanted)

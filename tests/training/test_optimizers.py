@@ -13,6 +13,7 @@ from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig
 from elara.model import ElaraLM
 from elara.training import optimizers, schedules
 from elara.training.losses import elara_loss
+from elara.training.muon import orthogonalize
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -85,3 +86,34 @@ def test_accumulated_gradients_make_the_step_of_the_whole_batch(kind: str) -> No
         found.append(losses)
     assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
     assert all(math.isfinite(loss) for loss in found[0]) and len(set(found[0])) == 4
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 2, 1])
+def test_muon_orthogonalizes_every_matrix_of_a_fused_projection_by_itself(n_kv_head: int | None) -> None:
+    torch.manual_seed(0)
+    sizes = ModelConfig(2, 32, 4, n_kv_head=n_kv_head, hidden=48, expert_hidden=40, vocab_size=40, context_length=16)
+    model = ElaraLM(ElaraConfig(sizes, MoEConfig(num_experts=3)))
+    optimizer = optimizers.muon(
+        model, lr=0.02, momentum=0.95, weight_decay=0.0, adam_lr=1e-2, betas=(0.9, 0.95), eps=1e-8, dtype="float32"
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+    kv = 8 * (n_kv_head or 4)
+    stacked = {  # rows of the matrices of every parameter that is no AdamW's
+        "qkv.weight": [32, kv, kv], "out.weight": [32], "blocks.0.mlp.gate_up.weight": [48, 48], "down.weight": [32],
+        "experts.gate_up": [40, 40], "experts.down": [32], "shared.gate_up.weight": [40, 40],
+    }  # fmt: skip
+    checked = []
+    for name, p in model.named_parameters():
+        for rows in (rows for end, rows in stacked.items() if name.endswith(end)):
+            assert p.grad is not None
+            moves = ((before[name] - p.detach()) / 0.02).split(rows, -2)
+            for move, gradient in zip(moves, p.grad.split(rows, -2), strict=True):
+                height, width = gradient.shape[-2:]
+                wanted = orthogonalize(gradient.reshape(-1, height, width)) * max(1, height / width) ** 0.5
+                torch.testing.assert_close(move.reshape(wanted.shape), wanted, rtol=1e-4, atol=1e-4, msg=name)
+            checked.append(name)
+    assert len(checked) == 2 + 2 + 2 + 4  # qkv, out, dense MLP, experts with the shared one

@@ -45,12 +45,12 @@ def peak_flops(device: torch.device) -> float | None:
     return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
-def flops_per_token(model: ElaraLM, seq: int) -> float:
+def flops_per_token(model: ElaraLM, seq: int, depth: int | None = None) -> float:
     """Training FLOPs per clean token, forward and backward, mask section included (PaLM, arXiv 2204.02311, app. B).
 
     6 per active weight and token, with every recursion pass counted, plus 12 * n_embd * keys for attention: half the
     clean tokens, which a clean token and a mask see alike on average. Both heads count; recomputed activations do not,
-    and neither do lookups in the embedding.
+    and neither do lookups in the embedding. depth: recursion passes, default the model's own.
     """
     config = model.config
     section = round(config.tidar.block_fraction * seq) / seq if config.tidar.block_length else 0.0
@@ -59,7 +59,7 @@ def flops_per_token(model: ElaraLM, seq: int) -> float:
     heads = model.embed.weight.numel() * (1 + section)
     if model.chain is not None:
         heads += section * sum(p.numel() for p in model.chain.parameters() if p.dim() > 1)
-    return (1 + section) * config.trm.depth * (6 * block + attention) + 6 * heads
+    return (1 + section) * (depth or config.trm.depth) * (6 * block + attention) + 6 * heads
 
 
 def _active(config: ElaraConfig, block: torch.nn.Module) -> float:
@@ -74,12 +74,16 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self._tokens = 0
         self._steps = 0
+        self._flops = 0.0
+        self._per_token: dict[tuple[int, int | None], float] = {}  # FLOPs by length and recursion depth
         self._since: float | None = None
         self._pause = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
         if self._since is None:
             self._since = time.perf_counter()
+        if peak_flops(module.device):  # at the batch's end the depth may be that of the next step
+            self._flops += self._flops_of(module, batch) * trainer.world_size
 
     def on_validation_start(self, trainer: Trainer, module: Any) -> None:
         self._pause = time.perf_counter()
@@ -100,7 +104,14 @@ class Throughput(Callback):
         rate = self._tokens / seconds
         figures = {"train/tokens_per_second": rate, "train/seconds_per_step": seconds / self._steps}
         if peak := peak_flops(module.device):
-            flops = flops_per_token(module.model, batch.tokens.shape[1] - 1)
-            figures["train/mfu"] = rate * flops / (peak * trainer.world_size)
+            figures["train/mfu"] = self._flops / seconds / (peak * trainer.world_size)
         module.record(figures)
-        self._tokens, self._steps, self._since = 0, 0, now
+        self._tokens, self._steps, self._flops, self._since = 0, 0, 0.0, now
+
+    def _flops_of(self, module: Any, batch: Batch) -> float:
+        """Training FLOPs of this rank's batch, at the depth of its step."""
+        rows, length = batch.tokens[:, 1:].shape
+        key = (length, module.depth())
+        if key not in self._per_token:
+            self._per_token[key] = flops_per_token(module.model, *key)
+        return rows * length * self._per_token[key]
