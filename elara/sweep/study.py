@@ -8,14 +8,16 @@ the searches of several machines do not repeat each other's draws.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
+import pickle
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
@@ -35,6 +37,15 @@ from elara.sweep.space import Parameter
 JOURNAL = "journal.log"
 ATTEMPTS = 3  # times that the values of a trial whose search was killed are tried
 STOPPED = "stopped with its search"  # the error of a trial that did nothing wrong
+OPTIMIZER_PARTS = frozenset(
+    [
+        ("cmaes._cma", "CMA"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+    ]
+)  # all that CMA-ES's state consists of
 
 
 class SharedStudy:
@@ -179,10 +190,36 @@ def make_sampler(wanted: SearchConfig, seed: int) -> BaseSampler:
         return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
     if wanted.sampler.name == "cmaes":
         pruned = wanted.pruner.name == "hyperband"  # as Optuna's authors measured: with median pruning it harms
-        return CmaEsSampler(
+        return _CmaEs(
             seed=seed, n_startup_trials=startup, consider_pruned_trials=pruned, warn_independent_sampling=False
         )
     return RandomSampler(seed=seed)
+
+
+class _CmaEs(CmaEsSampler):
+    """Optuna's, which keeps its state as a pickle in the journal, and would run whatever a journal holds there."""
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
+        for trial in reversed(completed_trials):
+            mine = {key: text for key, text in trial.system_attrs.items() if key.startswith(self._attr_key_optimizer)}
+            if not mine:
+                continue
+            try:
+                return _OptimizerUnpickler(io.BytesIO(bytes.fromhex(self._concat_optimizer_attrs(mine)))).load()
+            except Exception as error:  # a damaged pickle may end in any
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ElaraError(
+                    f"the state of CMA-ES in trial {trial.number} of {JOURNAL} cannot be read ({reason}): do not trust "
+                    "this study if it came from elsewhere, else begin another one"
+                ) from error
+        return None
+
+
+class _OptimizerUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in OPTIMIZER_PARTS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
 
 
 def make_pruner(wanted: SearchConfig, steps: Steps) -> BasePruner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from optuna.trial import TrialState
 from elara.errors import ElaraError
 from elara.sweep.config import PrunerConfig, SamplerConfig
 from elara.sweep.study import STOPPED, SharedStudy
+from tests.payloads import pickled
 from tests.sweep.conftest import SPACE, open_study
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -145,6 +147,26 @@ def test_draws_depend_on_seed_and_trial_only(tmp_path: Path):
     assert draws(tmp_path / "b", True, 1) == once
     assert draws(tmp_path / "c", False, 2) != once
     assert len({tuple(overrides) for overrides in once}) == 12
+
+
+def test_the_state_of_cmaes_is_read_and_nothing_else_of_a_journal_runs(tmp_path: Path):
+    marker = tmp_path / "marker"
+    wanted = {"sampler": SamplerConfig("cmaes", startup=1), "trials": 40, "pruner": PrunerConfig("none")}
+    space = {key: {"type": "float", "low": 0.0, "high": 1.0} for key in ("optimizer.lr", "optimizer.eps")}
+    study = open_study(tmp_path, space=space, **wanted)
+    for _ in range(14):  # a first trial and more than two generations of six
+        trial, _ = begin(study)
+        study.complete(trial, sum(value**2 for value in trial.params.values()))
+    attributes = [pair for record in study.study.trials for pair in record.system_attrs.items()]
+    assert {value for key, value in attributes if key.endswith(":generation")} == {0, 1, 2}  # each from the last one
+    journal = tmp_path / "journal.log"
+    text = re.sub(r'(optimizer:[1-9]": ?)"[0-9a-f]+"', r'\1""', journal.read_text("utf-8"))
+    text, count = re.subn(r'(optimizer:0": ?)"[0-9a-f]+"', rf'\1"{pickled(marker).hex()}"', text)
+    assert count
+    journal.write_text(text, "utf-8")
+    with pytest.raises(ElaraError, match=r"it names posix\.system\): do not trust this study"):
+        open_study(tmp_path, space=space, **wanted).start()
+    assert not marker.exists()
 
 
 @pytest.mark.slow
