@@ -352,10 +352,13 @@ def test_text_and_conversations_in_one_batch_keep_their_opinions(
         tokens = tokens[tokens >= 0]
         corpus, file = ((text, data.opinions[0][0]), (talk, data.opinions[1][0]))[row >= 2]
         stream = corpus.train.tokens
-        at = next(i for i in range(len(stream)) if np.array_equal(stream[i : i + len(tokens)], tokens))
-        wanted = file.read(np.arange(at, at + len(tokens) - 1)[None])
-        assert torch.equal(said.ids[row, : len(tokens) - 1], wanted.ids[0])
-        assert torch.equal(said.logprobs[row, : len(tokens) - 1], wanted.logprobs[0])
+        places = [i for i in range(len(stream)) if np.array_equal(stream[i : i + len(tokens)], tokens)]
+        wanted = [file.read(np.arange(at, at + len(tokens) - 1)[None]) for at in places]  # a long answer repeats itself
+        assert any(
+            torch.equal(said.ids[row, : len(tokens) - 1], one.ids[0])
+            and torch.equal(said.logprobs[row, : len(tokens) - 1], one.logprobs[0])
+            for one in wanted
+        )
 
 
 def test_a_teacher_without_a_template_is_refused_for_conversations_alone(tmp_path: Path) -> None:
