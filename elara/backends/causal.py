@@ -88,6 +88,12 @@ class Causal:
         Raises BackendError of kind `unfit` for what the template refuses and for what leaves no room in the context.
         """
         text = last_text(messages)
+        try:
+            "".join(str(message.get("content")) for message in messages).encode()
+        except UnicodeEncodeError as error:
+            raise BackendError(
+                "unfit", "the conversation holds half a character (a lone surrogate): mend it"
+            ) from error
         ids = (self._templated(messages) if self.tokenizer.chat_template else self._continued(text)) or self._blank
         if self.context is not None and len(ids) >= self.context:
             raise BackendError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from elara.config import ElaraConfig
+from elara.decoding import SamplingConfig
 from elara.export.layout import COMPACT, NO_SHARED, UNROLLED
 from elara.export.vocabulary import Vocabulary
 from elara.size.parameters import Part
@@ -58,6 +59,7 @@ def write_metadata(
     writer.add_string("elara.data", about.data or "unknown")
     writer.add_uint32("elara.step", about.step)
     _tokenizer(writer, vocabulary)
+    _sampling(writer)
     if template is not None:
         writer.add_chat_template(template)
 
@@ -86,6 +88,15 @@ def _sizes(writer: GGUFWriter, config: ElaraConfig, architecture: str, depth: in
         writer.add_uint32(f"{architecture}.expert_gating_func", SIGMOID)
         writer.add_expert_weights_norm(True)
         writer.add_expert_weights_scale(moe.gate_scale)
+
+
+def _sampling(writer: GGUFWriter) -> None:
+    """What llama.cpp draws with unless it is told otherwise: as `elara.sample` does, where llama.cpp would cut."""
+    writer.add_float32("general.sampling.temp", SamplingConfig().temperature)
+    writer.add_int32("general.sampling.top_k", 0)
+    writer.add_float32("general.sampling.top_p", 1.0)
+    writer.add_float32("general.sampling.min_p", 0.0)
+    writer.add_float32("general.sampling.penalty_repeat", 1.0)
 
 
 def _tokenizer(writer: GGUFWriter, vocabulary: Vocabulary) -> None:

@@ -8,12 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elara.data.tool_use import NAMED, Call
 from elara.errors import ElaraError
 from elara.tokenizer import ROLES, Tokenizer
 from elara.tokenizer.base import ByteDecoding
 from elara.tokenizer.gpt2 import MERGES_FILE
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # llama.cpp's token types
+# Jinja reads no JSON: the text goes out sign by sign, with blanks between its strings as `json.dumps` writes them.
+SPACED = (
+    "{%- macro spaced(text) -%}"
+    "{%- set at = namespace(quoted=false, escaped=false) -%}"
+    "{%- for sign in (text.strip() or '{}') | list -%}"
+    "{%- if at.quoted or sign not in ' \\n\\r\\t' -%}{{- sign -}}{%- endif -%}"
+    "{%- if at.escaped -%}{%- set at.escaped = false -%}"
+    "{%- elif at.quoted and sign == '\\\\' -%}{%- set at.escaped = true -%}"
+    "{%- elif sign == '\"' -%}{%- set at.quoted = not at.quoted -%}"
+    "{%- elif not at.quoted and sign in ',:' -%}{{- ' ' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endmacro -%}"
+)
 NO_MERGE = "ÿ ÿ"  # byte 0xff occurs in no UTF-8; llama.cpp wants a list that is not empty
 
 
@@ -82,15 +96,42 @@ def _merges(tokenizer: Tokenizer, plain: list[str]) -> list[str]:
 
 
 def chat_template(vocabulary: Vocabulary) -> str:
-    """Jinja for `Tokenizer.apply_chat`: role, text, end, and so on."""
+    """Jinja for `Tokenizer.apply_chat`: role, text, end, and so on; calls, results and names of tools as it is taught.
+
+    Calls are OpenAI's `tool_calls`, a line each after the message's words; their arguments are an object or JSON text,
+    whose escapes stay as they are. `tools` become a system message before all others.
+    """
     end = vocabulary.tokens[vocabulary.end]
     roles = "[" + ", ".join(f"'{role}'" for role in ROLES) + "]"
+    opening, named = Call("NAME", {}).text().split('"NAME"')
+    between, closing = named.split("{}")
     return (
+        f"{SPACED}"
+        "{%- if tools -%}"
+        f"{{{{- '<|system|>{NAMED}' -}}}}"
+        "{%- for tool in tools -%}"
+        "{{- '' if loop.first else ', ' -}}{{- tool.function.name if tool.function else tool.name -}}"
+        "{%- endfor -%}"
+        f"{{{{- '{end}' -}}}}"
+        "{%- endif -%}"
         "{%- for message in messages -%}"
         f"{{%- if message['role'] not in {roles} -%}}"
         "{{- raise_exception('unknown role ' + message['role']) -}}"
         "{%- endif -%}"
-        "{{- '<|' + message['role'] + '|>' + message['content'] + '" + end + "' -}}"
+        "{{- '<|' + message['role'] + '|>' -}}"
+        "{%- if message['content'] -%}{{- message['content'] -}}{%- endif -%}"
+        "{%- if message['tool_calls'] -%}"
+        "{%- for tool_call in message['tool_calls'] -%}"
+        "{%- set call = tool_call.function if tool_call.function else tool_call -%}"
+        "{{- '\\n' if message['content'] or not loop.first else '' -}}"
+        f"{{{{- '{opening}' -}}}}{{{{- call.name | tojson -}}}}{{{{- '{between}' -}}}}"
+        "{%- if call.arguments is string -%}{{- spaced(call.arguments) -}}"
+        "{%- elif call.arguments -%}{{- call.arguments | tojson -}}"
+        "{%- else -%}{{- '{}' -}}{%- endif -%}"
+        f"{{{{- '{closing}' -}}}}"
+        "{%- endfor -%}"
+        "{%- endif -%}"
+        f"{{{{- '{end}' -}}}}"
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
     )

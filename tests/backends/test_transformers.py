@@ -195,10 +195,11 @@ def test_no_piece_splits_a_character(tmp_path: Path) -> None:
 
 
 def test_what_one_conversation_lacks_ends_that_one_only(backend: Transformers) -> None:
-    chats = [CHATS[0], [{"role": "tool", "content": "x"}], [{"role": "user", "content": "bee " * 200}], [], CHATS[1]]
+    chats = [CHATS[0], [{"role": "tool", "content": "x"}], [{"role": "user", "content": "bee " * 200}], [], CHATS[1],
+             [{"role": "user", "content": "bee \ud83d"}]]  # fmt: skip
     found = dict(backend.answers(chats, GREEDY))
     assert isinstance(found[0], Answer) and isinstance(found[4], Answer)
-    for i, word in ((1, "no tools here"), (2, "context holds 96"), (3, "no last message")):
+    for i, word in ((1, "no tools here"), (2, "context holds 96"), (3, "no last message"), (5, "half a char")):
         error = found[i]
         assert isinstance(error, BackendError)
         assert (error.kind, error.lasting) == ("unfit", False)

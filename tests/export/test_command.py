@@ -1,6 +1,9 @@
 """`python -m elara.export` from end to end, without llama.cpp."""
 
 import json
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from elara.data.tool_use import Call as ToolCall
 from elara.export.__main__ import main
 from elara.export.config import FORMATS, FormatConfig, QuantizeConfig
 from elara.export.quantize import FILE_TYPES
@@ -56,13 +60,77 @@ def test_ollama_gets_a_modelfile(call: Call, tmp_path: Path) -> None:
     text = (tmp_path / "o" / "Modelfile").read_text("utf-8").splitlines()
     assert text == [
         "FROM ./checkpoint-F16.gguf",
-        'TEMPLATE """{{- range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>"""',
+        text[1],
         "PARAMETER temperature 0.5",
+        "PARAMETER top_k 0",
+        "PARAMETER top_p 1",
+        "PARAMETER min_p 0",
+        "PARAMETER repeat_penalty 1",
+        "PARAMETER presence_penalty 0",
+        "PARAMETER frequency_penalty 0",
         "PARAMETER num_ctx 128",
         'PARAMETER stop "<|end|>"',
         'LICENSE """cc0-1.0"""',
     ]
+    assert text[1].startswith('TEMPLATE """{{- if .Tools }}<|system|>Tools: ') and text[1].endswith('<|assistant|>"""')
     assert "ollama create checkpoint -f o/Modelfile" in out and "ollama run checkpoint" in out
+
+
+RENDER = """
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"text/template"
+)
+
+func main() {
+	var given struct {
+		Template string
+		Data     map[string]any
+	}
+	if err := json.NewDecoder(os.Stdin).Decode(&given); err != nil {
+		panic(err)
+	}
+	write := func(value any) string { text, _ := json.Marshal(value); return string(text) }
+	made := template.Must(template.New("").Funcs(template.FuncMap{"json": write}).Parse(given.Template))
+	if err := made.Execute(os.Stdout, given.Data); err != nil {
+		panic(err)
+	}
+}
+"""
+
+
+@pytest.mark.slow
+def test_go_renders_ollama_s_template_as_the_conversation_is_taught(call: Call, tmp_path: Path) -> None:
+    """By Go's own package for templates, with the function `json` that Ollama adds, and arguments sorted by name."""
+    if (go := shutil.which("go")) is None:
+        pytest.skip("Go is not here")
+    assert call("format=ollama", "output=o", "chat=true")[0] == 0
+    (written,) = re.findall('TEMPLATE """(.*?)"""', (tmp_path / "o" / "Modelfile").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "render.go").write_text(RENDER)
+
+    def rendered(**data: Any) -> str:
+        given = json.dumps({"Template": written, "Data": data})
+        done = subprocess.run([go, "run", "render.go"], cwd=tmp_path, input=given, capture_output=True, text=True,
+                              timeout=300, check=True)  # fmt: skip
+        return done.stdout
+
+    arguments = {"from": 'naïve "km"', "to": [1, 2.5], "value": 3}
+    calls = [{"Function": {"Name": "convert", "Arguments": arguments}}, {"Function": {"Name": "now", "Arguments": {}}}]
+    messages = [{"Role": "system", "Content": "Be\nkind."}, {"Role": "user", "Content": " hi "},
+                {"Role": "assistant", "Content": "", "ToolCalls": calls}, {"Role": "tool", "Content": "{}"},
+                {"Role": "assistant", "Content": "Wait.", "ToolCalls": calls[1:]}]  # fmt: skip
+    tools = [{"Function": {"Name": "convert"}}, {"Function": {"Name": "now"}}]
+    one, other = ToolCall("convert", arguments).text(), ToolCall("now", {}).text()
+    assert one.replace("[1, 2.5]", "[1,2.5]") in rendered(Messages=messages), "only nested values are not spaced"
+    taught = "".join(f"<|{role}|>{text}<|end|>" for role, text in (
+        ("system", "Tools: convert, now"), ("system", "Be\nkind."), ("user", " hi "),
+        ("assistant", f"{one}\n{other}".replace("[1, 2.5]", "[1,2.5]")), ("tool", "{}"),
+        ("assistant", f"Wait.\n{other}"),
+    ))  # fmt: skip
+    assert rendered(Messages=messages, Tools=tools) == taught + "<|assistant|>"
 
 
 def test_a_model_that_does_not_chat_gets_the_plain_prompt(call: Call, tmp_path: Path) -> None:
@@ -111,9 +179,7 @@ def test_mistakes_are_one_line(call: Call, arguments: list[str], message: str) -
     assert code == 1 and message in err and err.count("\n") == 1 and err.startswith("error: "), err
 
 
-def test_a_file_that_does_not_agree_is_kept_and_the_command_fails(
-    in_process: Any, make: MAKE, tmp_path: Path
-) -> None:
+def test_a_file_that_does_not_agree_is_kept_and_the_command_fails(in_process: Any, make: MAKE, tmp_path: Path) -> None:
     make(config(model__init_std=0.3), ByteTokenizer())  # so wild that four bits change what it says
     code, out, err = in_process(
         main, tmp_path, f"checkpoint={tmp_path / 'checkpoint'}", "output=a.gguf", "quantize=Q4_0", "verify_tokens=256"

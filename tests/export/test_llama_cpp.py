@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import socket
 import urllib.request
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 
+from elara.data.tool_use import Call
 from elara.decoding import SamplingConfig, generate
 from elara.errors import ElaraError
 from elara.export.__main__ import main
@@ -289,25 +292,37 @@ def test_types_that_elara_py_does_not_read_are_said(
     assert code == 1 and "b.gguf was kept, but nothing here reads it back: elara.py does not read it" in err
 
 
-def test_the_openai_server_of_xllamacpp_answers_from_our_file(
-    trained_source: Source, tmp_path: Path, llama_library: Library
-) -> None:
+Ask = Callable[..., dict[str, Any]]
+
+
+def served(path: Path, *, exact: bool = False) -> Ask:
+    """llama.cpp's own server with this file, for as long as the function lives. exact: a cache in float32."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="`make counterparts` installs it")
-    source = replace(trained_source, chat=True)
-    write_model(tmp_path / "bee.gguf", source, UNROLLED, "Q8_0", llama_library)
     params = xllamacpp.CommonParams()
-    params.model.path = str(tmp_path / "bee.gguf")
-    params.n_ctx, params.n_parallel, params.warmup, params.port = 128, 1, False, _free_port()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup, params.port = 512, 1, False, _free_port()
     params.cpuparams.n_threads = 1
+    if exact:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
 
     def ask(path: str, **asked: Any) -> dict[str, Any]:
-        data, kind = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        data, kind = json.dumps(asked).encode() if asked else None, {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{server.listening_address}/{path}", data, kind)
         with urllib.request.urlopen(request, timeout=60) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
 
+    return ask
+
+
+def test_the_openai_server_of_xllamacpp_answers_from_our_file(
+    trained_source: Source, tmp_path: Path, llama_library: Library
+) -> None:
+    source = replace(trained_source, chat=True)
+    write_model(tmp_path / "bee.gguf", source, UNROLLED, "Q8_0", llama_library)
+    ask = served(tmp_path / "bee.gguf")
     choice = ask("v1/completions", model="bee", prompt="ba ko", max_tokens=16, temperature=0.0)["choices"][0]
     with LlamaModel(llama_library, tmp_path / "bee.gguf", CONTEXT) as model:
         written = model.greedy(source.tokenizer.encode("ba ko"), 16)
@@ -319,6 +334,75 @@ def test_the_openai_server_of_xllamacpp_answers_from_our_file(
     assert tokens == source.tokenizer.apply_chat(chat, generate=True)[0]
     answered = ask("v1/chat/completions", model="bee", messages=chat, max_tokens=8, temperature=0.0)
     assert answered["usage"]["prompt_tokens"] == len(tokens)
+
+
+def test_llama_cpp_s_server_writes_calls_tools_and_results_as_they_are_taught(make: MAKE, tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    write_model(tmp_path / "bee.gguf", make(config(), tokenizer, chat=True), UNROLLED, "F16", None)
+    ask = served(tmp_path / "bee.gguf")
+    function = {"description": "d", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": {"name": name} | function} for name in ("convert", "now")]
+    arguments = {"value": 2.5, "from": 'naïve "km"\n<b>', "to": [1, {"x": None}], "é": {}}
+    calls = [Call("convert", arguments), Call("now", {})]
+    spelled: list[Callable[[Any], Any]] = [
+        dict,
+        json.dumps,
+        lambda a: json.dumps(a, ensure_ascii=False, separators=(",", ":")),
+    ]
+    for spell, content, offered in itertools.product(spelled, (None, "", "Wait."), (False, True)):
+        functions = [{"name": call.name, "arguments": spell(call.arguments)} for call in calls]
+        made = [{"id": each["name"], "type": "function", "function": each} for each in functions]
+        asked: list[dict[str, Any]] = [
+            {"role": "user", "content": "how far?"},
+            {"role": "assistant", "content": content, "tool_calls": made},
+            {"role": "tool", "content": '{"result": 1.6}', "tool_call_id": "convert"},
+        ]
+        prompt = ask("apply-template", messages=asked, **({"tools": tools} if offered else {}))["prompt"]
+        tokens = ask("tokenize", content=prompt, parse_special=True, add_special=True)["tokens"]
+        words = "\n".join([*([content] if content else []), *(call.text() for call in calls)])
+        taught = [{"role": "system", "content": "Tools: convert, now"}] * offered
+        taught += [asked[0], {"role": "assistant", "content": words}, {"role": "tool", "content": asked[2]["content"]}]
+        assert tokens == tokenizer.apply_chat(taught, generate=True)[0], prompt
+
+
+OLLAMA_S = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.1, "repeat_last_n": 64}
+
+
+def test_ollama_s_parameters_write_what_the_checkpoint_writes(
+    make: MAKE, in_process: Any, tmp_path: Path, llama_library: Library
+) -> None:
+    """What the Modelfile says over what Ollama would take, told to llama.cpp, which is what Ollama runs."""
+    source = make(config(), ByteTokenizer())
+    code, _, err = in_process(
+        main, tmp_path, f"checkpoint={source.folder}", "format=ollama", "quantize=F32", "output=o", "verify=false"
+    )
+    assert code == 0, err
+    text = (tmp_path / "o" / "Modelfile").read_text("utf-8")
+    said = {name: json.loads(value) for name, value in re.findall(r"^PARAMETER (\w+) (.*)$", text, re.MULTILINE)}
+    assert said["num_ctx"] == source.config.model.context_length and said["stop"] == "<|end|>"
+    ask, sampling = served(tmp_path / "o" / "checkpoint-F32.gguf", exact=True), OLLAMA_S | said
+    ids = torch.randint(256, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+    greedy = ask("completion", prompt=ids, return_tokens=True, n_predict=WRITTEN, **sampling | {"temperature": 0})
+    assert greedy["tokens"] == torch_greedy(source, ids, WRITTEN)
+    shown = sampling | {"n_predict": 1, "n_probs": 400, "post_sampling_probs": True}
+    drawn = (ask("completion", prompt=ids, seed=seed, **shown) for seed in range(50))
+    rows = (
+        one["completion_probabilities"] for one in drawn if "completion_probabilities" in one
+    )  # of whole characters
+    found = {entry["id"]: entry["prob"] for entry in next(rows)[0]["top_probs"]}
+    logits = torch.from_numpy(torch_logits(source, ids)[-1]).double()
+    expected = (logits / said["temperature"]).softmax(-1)
+    assert len(found) == source.config.vocab_size, "no token is cut off"
+    assert max(abs(expected[i].item() - probability) for i, probability in found.items()) < 1e-4
+
+
+def test_llama_cpp_draws_as_the_checkpoint_does_unless_it_is_told_otherwise(make: MAKE, tmp_path: Path) -> None:
+    write_model(tmp_path / "bee.gguf", make(config(), ByteTokenizer()), UNROLLED, "F16", None)
+    found = served(tmp_path / "bee.gguf")("props")["default_generation_settings"]["params"]
+    assert {name: found[name] for name in ("top_k", "top_p", "min_p", "repeat_penalty")} == {
+        "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0
+    }  # fmt: skip
+    assert found["temperature"] == pytest.approx(SamplingConfig().temperature)
 
 
 def _free_port() -> int:

@@ -1,13 +1,17 @@
 """The tokenizer's tables, run by a plain byte-pair encoder: they must give the tokenizer's own ids."""
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import jinja2
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elara.data import tool_use
+from elara.data.tool_use import Call
 from elara.errors import ElaraError
 from elara.export.vocabulary import CONTROL, NO_MERGE, UNUSED, Vocabulary, byte_letters, chat_template, vocabulary
 from elara.tokenizer import Tokenizer, padded_vocab
@@ -104,6 +108,11 @@ def test_the_template_writes_what_apply_chat_encodes(
     written = jinja2.Environment().from_string(chat_template(tables)).render(
         messages=chat, add_generation_prompt=generate
     )  # fmt: skip
+    assert ids_of(written, tables, tokenizer) == tokenizer.apply_chat(chat, generate=generate)[0]
+
+
+def ids_of(written: str, tables: Vocabulary, tokenizer: Tokenizer) -> list[int]:
+    """Control tokens by their names, all between them as plain text."""
     ids: list[int] = []
     while written:
         control = next(
@@ -116,4 +125,68 @@ def test_the_template_writes_what_apply_chat_encodes(
             plain, bar, rest = written.partition("<|")
             ids += tokenizer.encode(plain)
             written = bar + rest
-    assert ids == tokenizer.apply_chat(chat, generate=generate)[0]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def by_transformers() -> Callable[..., str]:
+    """The template of a byte vocabulary, rendered by transformers."""
+    transformers = pytest.importorskip("transformers")
+    backends = pytest.importorskip("tokenizers")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backends.Tokenizer(backends.models.BPE()))
+    template = chat_template(vocabulary(ByteTokenizer(), 320))
+
+    def render(messages: Any, **more: Any) -> str:
+        found: str = fast.apply_chat_template(messages, chat_template=template, tokenize=False, **more)
+        return found
+
+    return render
+
+
+def asked(*calls: tuple[str, Any], content: str | None = None) -> dict[str, Any]:
+    """An assistant's message as OpenAI's API has it."""
+    listed = [{"id": "x", "type": "function", "function": {"name": name, "arguments": given}} for name, given in calls]
+    return {"role": "assistant", "content": content, "tool_calls": listed}
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6,
+)  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(words, st.dictionaries(words, values, max_size=3))
+def test_calls_are_written_as_they_are_taught(
+    by_transformers: Callable[..., str], name: str, arguments: dict[str, Any]
+) -> None:
+    taught = f"<|assistant|>{Call(name, arguments).text()}<|end|>"
+    plain = json.dumps(arguments, ensure_ascii=False)
+    tight = json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
+    wide = f"\n{json.dumps(arguments, ensure_ascii=False, indent=2)} "
+    for form in (arguments, plain, tight, wide):
+        assert by_transformers([asked((name, form))]) == taught
+
+
+def test_a_talk_with_tools_is_written_as_it_is_taught(by_transformers: Callable[..., str]) -> None:
+    tokenizer = ByteTokenizer()
+    question = tool_use.questions(1, 0, ["units"])[0]
+    assert question.tool is not None
+    taught = tool_use.conversation(question)
+    names = taught[0]["content"].removeprefix("Tools: ").split(", ")
+    assert names == list(tool_use.TOOLS)
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in names]
+    chat = [taught[1], asked((question.tool, question.arguments)), {**taught[3], "tool_call_id": "x"}, *taught[4:]]
+    written = by_transformers(chat, tools=tools, add_generation_prompt=True)
+    assert ids_of(written, vocabulary(tokenizer, 320), tokenizer) == tokenizer.apply_chat(taught, generate=True)[0]
+
+
+def test_several_calls_and_words_have_a_line_each(by_transformers: Callable[..., str]) -> None:
+    one, other = Call("a", {}).text(), Call("b", {"x": 1}).text()
+    bare = {"role": "assistant", "tool_calls": [{"name": "a", "arguments": {}}]}
+    assert by_transformers([bare]) == f"<|assistant|>{one}<|end|>"
+    nothing: list[Any] = ["", None, {}, "{}", " "]
+    for empty in nothing:
+        given = asked(("a", empty), ("b", '{"x":1}'), content="Wait.")
+        assert by_transformers([given]) == f"<|assistant|>Wait.\n{one}\n{other}<|end|>"

@@ -21,6 +21,7 @@ __all__ = ["FAMILIES", "TOOLS", "Call", "Question", "check_families", "conversat
            "parse_call", "questions", "run_tool"]  # fmt: skip
 
 VERSION = 1  # raised when the same seed gives other conversations
+NAMED = "Tools: "  # begins the system message, followed by the names of the tools with commas between
 
 FAMILIES: dict[str, Callable[[Draws, Wanted], Question]] = {
     "arithmetic": arithmetic.make,
@@ -62,7 +63,7 @@ def opening(question: Question, draws: Draws | None = None) -> list[Message]:
     user = {"role": "user", "content": question.text}
     if draws is not None and draws.chance(2):
         return [user]
-    return [{"role": "system", "content": f"Tools: {', '.join(tools)}"}, user]
+    return [{"role": "system", "content": NAMED + ", ".join(tools)}, user]
 
 
 def conversation(question: Question, draws: Draws | None = None) -> list[Message]:
