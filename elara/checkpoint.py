@@ -14,6 +14,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ TRAINING_ONLY = frozenset(
 
 @dataclass
 class Loaded:
-    """A checkpoint in memory. meta: format_version, step, run, parent and what else `save` was given. path: its folder,
-    for messages."""
+    """A checkpoint in memory. meta: format_version, saved (UTC), step, run, parent and what else `save` was given.
+
+    path: its folder, for messages.
+    """
 
     model: ElaraLM
     tokenizer: Tokenizer
@@ -82,8 +85,8 @@ def save(
         (temporary / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", "utf-8")
         tokenizer.save(temporary / TOKENIZER)
         files = {name: _checksum(temporary / name) for name in _guarded(temporary)}
-        about = {"format_version": FORMAT_VERSION, **meta, "tokenizer": tokenizer.fingerprint, "crc32": files}
-        write_json(temporary / META, about)
+        about = {"format_version": FORMAT_VERSION, "saved": datetime.now(UTC).isoformat(), **meta}
+        write_json(temporary / META, {**about, "tokenizer": tokenizer.fingerprint, "crc32": files})
         for file in (p for p in temporary.rglob("*") if p.is_file()):
             _sync(file)
         _replace_folder(temporary, path)

@@ -45,6 +45,7 @@ def evaluate(config: DictConfig) -> None:
             raise ElaraError(f"{given} needs the data group it belongs to: give data=text or another one as well")
     wanted = cast(EvaluateConfig, OmegaConf.to_object(config))
     folders = find_models(wanted.checkpoint)
+    runs.say_reading(*folders.values())
     data = wanted.data if chosen else data_of(next(iter(folders.values()))) or wanted.data
     device, measures = find_device(wanted.device), wanted.eval
     text = held_out_text(data, runs.project_root() / "data", max_bytes=measures.max_bytes, passage=measures.passage)

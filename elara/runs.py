@@ -7,15 +7,16 @@ import json
 import os
 import re
 import shutil
-import time
+import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from elara.errors import ElaraError
-from elara.launch import STAMP, new_name
+from elara.launch import new_name
 
 LOCK = ".lock"  # held by the process that trains in a folder
 _STEP = re.compile(r"step-\d+")  # names of checkpoints
@@ -151,6 +152,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def say_reading(*paths: Path) -> None:
+    """Tell which checkpoints or runs a command found, on stderr: what it writes to stdout may go on into a pipe."""
+    print(f"reading {', '.join(shown(path.resolve()) for path in paths)}", file=sys.stderr, flush=True)
+
+
 def shown(path: Path) -> str:
     """A path as the user would type it here."""
     try:
@@ -211,19 +217,34 @@ def new_folder(*parts: str) -> Path:
 
 
 def find_runs(name: str | None = None, root: Path | None = None) -> list[Run]:
-    """Training runs, newest first: those called `name`, or all."""
+    """Training runs, that with the newest checkpoint first: those called `name`, or all."""
     root = root or train_root()
     folders = (root / name).glob("*/") if name else root.glob("*/*/")
     runs = [Run(folder) for folder in folders if (folder / ".hydra").is_dir()]
-    return sorted(runs, key=_began, reverse=True)
+    return sorted(runs, key=lambda run: worked_at(run.path), reverse=True)
 
 
-def _began(run: Run) -> tuple[str, int]:
-    """When a run began: its folder's name, or, where that is no time, the folder's own."""
-    made = (run.path / ".hydra").stat().st_mtime
-    name = run.path.name
-    stamp = name if re.match(r"\d{4}-\d\d-\d\d_", name) else time.strftime(STAMP, time.localtime(made))
-    return stamp, run.path.stat().st_mtime_ns
+def saved_at(checkpoint: Path) -> float:
+    """Seconds since 1970 at which a checkpoint was saved, as its meta.json says; of older ones the file's own time."""
+    try:
+        return datetime.fromisoformat(_read_json(checkpoint / "meta.json")["saved"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return _written(checkpoint / "meta.json", checkpoint)
+
+
+def worked_at(folder: Path) -> float:
+    """When the newest checkpoint of a run, or of a sweep's jobs, was saved; without any, when it last began.
+
+    Neither the folder's name, which is a time of wherever it was made, nor what copying does to files counts.
+    """
+    run = Run(folder)
+    times = [saved_at(path) for path in run.checkpoints()] or [worked_at(job) for job in folder.glob("[0-9]*/")]
+    return max(times, default=_written(run.config, run.path / ".hydra", folder))
+
+
+def _written(*paths: Path) -> float:
+    """The time of the first of these that is there; 0 where none is."""
+    return next((path.stat().st_mtime for path in paths if path.exists()), 0.0)
 
 
 def newest_unfinished(name: str, root: Path | None = None) -> Run | None:
@@ -246,7 +267,7 @@ def find_checkpoint(where: str | Path | None = None) -> Path:
 
     where: a checkpoint folder; a run folder (its best checkpoint, else the last); a run's name (its newest run that has
     one), also where a folder without a checkpoint is called the same, as this package is; None: the newest run of any
-    name, finished ones first. Raises ElaraError when there is nothing.
+    name. The newest is the one whose last checkpoint is, finished or not. Raises ElaraError when there is nothing.
     """
     if where is not None:
         path = followed(Path(where)) if Path(where).is_file() else Path(where)
@@ -255,7 +276,7 @@ def find_checkpoint(where: str | Path | None = None) -> Path:
         if found := _best_of(Run(path)):
             return found
     runs = find_runs(str(where) if where is not None else None)
-    for run in sorted(runs, key=lambda run: not run.finished):
+    for run in runs:
         if found := _best_of(run):
             return found
     if where is not None:

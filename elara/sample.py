@@ -16,7 +16,7 @@ from elara.decoding import SamplingConfig, complete
 from elara.device import find_device
 from elara.errors import ElaraError, naming
 from elara.model import PRECISIONS
-from elara.runs import find_checkpoint
+from elara.runs import find_checkpoint, say_reading
 
 
 @dataclass
@@ -39,6 +39,7 @@ def sample(config: DictConfig) -> None:
         raise ElaraError(f"precision={wanted.precision} must be one of: {', '.join(PRECISIONS)}")
     folder, device = find_checkpoint(wanted.checkpoint), find_device(wanted.device)
     loaded = checkpoint.load(folder, device=device, precision=wanted.precision)
+    say_reading(folder)
     chat = bool(loaded.meta.get("chat")) if wanted.chat is None else wanted.chat
     prompt = iter([] if chat else [wanted.prompt])  # shown with the first text, so that a prompt that is refused is not
 

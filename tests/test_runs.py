@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from elara.runs import Run
 
 
 def make_run(
-    root: Path, name: str, time: str, *, finished: bool = False, began: bool = True, steps: tuple[int, ...] = ()
-) -> Run:
+    root: Path, name: str, time: str, *, finished: bool = False, began: bool = True, steps: tuple[int, ...] = (),
+    saved: str | None = None,
+) -> Run:  # fmt: skip
     run = Run(root / name / time)
     (run.path / ".hydra").mkdir(parents=True)
     if began:
@@ -27,6 +29,7 @@ def make_run(
         folder = run.path / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}", "utf-8")
+        (folder / "meta.json").write_text(json.dumps({"saved": saved} if saved else {}), "utf-8")
     return run
 
 
@@ -78,19 +81,37 @@ def test_checkpoints_are_ordered_by_step_and_leftovers_are_not_among_them(home: 
     assert [runs.step_of(path) for path in run.checkpoints()] == [1000, 200, 90]
 
 
-def test_find_checkpoint_takes_a_checkpoint_a_run_a_name_or_the_newest_finished_run(
+def test_find_checkpoint_takes_a_checkpoint_a_run_a_name_or_the_newest_run(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = make_run(home, "bee", "2026-01-01_00-00-00", finished=True, steps=(10, 20))
     new = make_run(home, "wasp", "2026-01-02_00-00-00", steps=(5,))
     old.best.symlink_to("step-10")
-    assert runs.find_checkpoint() == old.best
+    assert runs.find_checkpoint() == new.path / "checkpoints" / "step-5", "finished or not"
     assert runs.find_checkpoint("wasp") == new.path / "checkpoints" / "step-5"
     (home / "elsewhere" / "wasp").mkdir(parents=True)
     monkeypatch.chdir(home / "elsewhere")
     assert runs.find_checkpoint("wasp") == new.path / "checkpoints" / "step-5", "an empty folder does not hide a run"
     assert runs.find_checkpoint(old.path) == old.best
     assert runs.find_checkpoint(old.path / "checkpoints" / "step-20").name == "step-20"
+
+
+def test_the_newest_run_is_the_one_whose_last_checkpoint_is_in_universal_time(home: Path) -> None:
+    """Not the one whose folder is called, or was copied, last."""
+    new = make_run(home, "bee", "2026-01-01_20-00-00", steps=(5,), saved="2026-01-01T20:30:00+00:00")  # in London
+    make_run(home, "bee", "2026-01-02_04-00-00", finished=True, steps=(5,), saved="2026-01-01T19:30:00+00:00")  # Tokyo
+    make_run(home, "bee", "2026-01-01_12-00-00", finished=True, steps=(5,), saved="2026-01-01T20:10:00+00:00")  # LA
+    assert runs.find_checkpoint("bee") == runs.find_checkpoint() == new.path / "checkpoints" / "step-5"
+    assert runs.newest_unfinished("bee") == new
+    assert [run.path.name[11:13] for run in runs.find_runs("bee")] == ["20", "12", "04"]
+
+
+def test_a_checkpoint_without_a_time_of_its_own_has_its_files(home: Path) -> None:
+    old = make_run(home, "bee", "2026-01-02_00-00-00", steps=(5,))
+    os.utime(old.path / "checkpoints" / "step-5" / "meta.json", (10**9, 10**9))
+    new = make_run(home, "bee", "2026-01-01_00-00-00", steps=(5,), saved="2026-01-01T00:30:00+00:00")
+    assert runs.saved_at(old.path / "checkpoints" / "step-5") == 10**9
+    assert runs.find_runs("bee") == [new, old]
 
 
 @pytest.mark.parametrize("where", [None, "hornet"])

@@ -57,6 +57,7 @@ def test_the_command_writes_text_and_figures(saved):
     for result, mode in zip(results, ("ar", "tidar"), strict=True):
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith("ROMEO:")
+        assert result.stderr.startswith("reading ") and result.stderr.splitlines()[0].endswith(str(saved))
         figures = re.search(FIGURES, result.stdout)
         assert figures, result.stdout
         assert int(figures[1]) <= 50
@@ -77,8 +78,9 @@ def test_a_mistake_is_one_line(saved, headless, overrides, message):
     result = run(f"checkpoint={saved}", *(override.format(headless=headless) for override in overrides))
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.startswith(message)
-    assert result.stderr.count("\n") == 1
+    error = re.sub(r"^reading .*\n", "", result.stderr)
+    assert error.startswith(message)
+    assert error.count("\n") == 1
 
 
 @pytest.fixture

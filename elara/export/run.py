@@ -40,9 +40,9 @@ def run(wanted: ExportConfig) -> Path:
         console.print(f"written: {runs.shown(path)}", f"next:    {_command(path)}", sep="\n")
         return path
     library, note = _library(wanted.quantize.library, kind)
+    source = _open(wanted)
     if note is not None:
         console.print(f"note: {note}")
-    source = _open(wanted)
     vocabulary(source.tokenizer, source.config.vocab_size)  # refused before anything is written
     architecture = COMPACT if form == "compact" else UNROLLED
     name = file_name(source.about.name)
@@ -58,7 +58,9 @@ def run(wanted: ExportConfig) -> Path:
 
 def _open(wanted: ExportConfig) -> Source:
     folder = runs.find_checkpoint(wanted.checkpoint)
-    return open_source(folder, name=wanted.name, license=wanted.license, depth=wanted.depth, chat=wanted.chat)
+    source = open_source(folder, name=wanted.name, license=wanted.license, depth=wanted.depth, chat=wanted.chat)
+    runs.say_reading(folder)
+    return source
 
 
 def _library(named: str | None, kind: str) -> tuple[Library | None, str | None]:

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from elara.cli import guard
 from elara.errors import ElaraError
+from elara.runs import say_reading
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +31,9 @@ def report() -> None:
     wanted = parser.parse_args()
     from elara.report.write import find_folder, write_report  # matplotlib takes a second to import
 
-    page, *others = write_report(find_folder(wanted.where), wanted.output)
+    folder = find_folder(wanted.where)
+    say_reading(folder)
+    page, *others = write_report(folder, wanted.output)
     print(f"written: {page} ({page.stat().st_size / 1e3:,.0f} kB)")
     if others:
         print(f"and a page for each of its {len(others)} runs, {others[0]} and so on")

@@ -10,7 +10,7 @@ from elara.report.comparison import compare, is_comparison
 from elara.report.outcome import Outcome, read_outcome
 from elara.report.run_page import run_body, run_page
 from elara.report.sweep_page import sweep_page
-from elara.runs import Run, find_runs, project_root, sweep_root, train_root, write_whole
+from elara.runs import Run, find_runs, project_root, sweep_root, train_root, worked_at, write_whole
 
 PAGE = "report.html"
 LARGEST = 4_000_000  # bytes of a page; the runs of a larger sweep get pages of their own
@@ -30,7 +30,7 @@ def find_folder(where: str | None = None) -> Path:
     else:
         dated = [*(run.path for run in find_runs(where)), *(sweep_root() / where).glob("*/")]
         search = project_root() / "outputs" / "searches" / where
-        runs = [*sorted(dated, key=lambda path: path.name, reverse=True), search]
+        runs = [*sorted(dated, key=worked_at, reverse=True), search]
     if found := next((path for path in runs if _reportable(path)), None):
         return found
     if where is None:

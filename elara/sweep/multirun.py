@@ -28,7 +28,7 @@ from elara.errors import ElaraError, Interrupted
 from elara.launch import child_environment, signals
 from elara.overrides import is_override, key_of, quoted, value_of, without
 from elara.plan import MULTIRUN, read_plan
-from elara.runs import LOCK, Run, claim, project_root, sweep_root
+from elara.runs import LOCK, Run, claim, project_root, sweep_root, worked_at
 from elara.sweep.cluster import Cluster
 from elara.sweep.process import failure, record
 
@@ -173,7 +173,8 @@ def interrupted(sweep: Path) -> Interrupted:
 def newest_sweep(name: str, root: Path | None = None) -> Path:
     """The newest sweep called `name` that has a job left to run; raises ElaraError when there is none."""
     root = root or sweep_root()
-    for folder in sorted(file.parent for file in (root / name).glob(f"*/{MULTIRUN}"))[::-1]:
+    found = [file.parent for file in (root / name).glob(f"*/{MULTIRUN}")]
+    for folder in sorted(found, key=worked_at, reverse=True):
         runs = [Run(folder / str(i)) for i in range(len(read_plan(folder).jobs))]
         if any(run.path.exists() for run in runs) and not all(run.over for run in runs):
             return folder

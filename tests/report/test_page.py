@@ -267,7 +267,8 @@ def test_the_command_finds_runs_and_sweeps_by_folder_and_name(call: Call, run: R
         file = folder / "report.html"
         file.unlink(missing_ok=True)
         code, out, err = call(*arguments)
-        assert (code, err) == (0, "") and "report.html (" in out and file.exists()
+        assert code == 0 and "report.html (" in out and file.exists()
+        assert err == f"reading {folder.relative_to(home)}\n"
 
 
 def test_a_folder_called_like_a_run_does_not_hide_it(call: Call, run: Run, home: Path) -> None:
@@ -284,6 +285,7 @@ def test_bad_input_is_one_line(call: Call, home: Path) -> None:
         (("--outptu", "x"), "--help"), (("bees", "moe=none"), "unrecognized arguments: moe=none"),
     ):  # fmt: skip
         code, out, err = call(*arguments)
+        err = re.sub(r"^reading .*\n", "", err)
         assert code == 1 and out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
 
 
