@@ -22,11 +22,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from elara.cli import config_options, fail
+from elara.cli import check_effect_in_sweep, config_options, fail
 from elara.errors import ElaraError, Interrupted
 from elara.launch import SIGNALS, child_environment
 from elara.overrides import is_override, key_of, quoted, value_of, without
-from elara.plan import MULTIRUN, read_plan
+from elara.plan import MULTIRUN, is_sweep, read_plan
 from elara.runs import LOCK, Run, claim, project_root, sweep_root
 from elara.sweep.cluster import Cluster
 from elara.sweep.process import failure, record
@@ -101,6 +101,8 @@ class Report(Callback):
         try:
             if config.hydra.sweeper.get("params"):
                 raise ElaraError("hydra.sweeper.params is not read: give the values on the command line, as key=a,b")
+            if not is_sweep(folder):  # one that goes on stays as it was begun
+                check_effect_in_sweep(config)
             _claimed = (folder, claim(folder))
         except ElaraError as error:
             fail(error)
