@@ -24,14 +24,17 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from elara import addresses, launch, runs
+from elara.effect import CHOICES, Idle, find_idle, value_at
 from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_UNREAD, ElaraError, Interrupted
 from elara.output import OutputClosedError, shield
-from elara.overrides import quoted, readable
+from elara.overrides import key_of, quoted, readable
 from elara.ranges import check_ranges
 
 Task = Callable[[DictConfig], None]
@@ -81,6 +84,7 @@ def hydra_main(
         try:
             if config_name != "train":  # that one checks inside, where what is refused leaves no trace
                 check_numbers(config)
+                check_effect(config)
             task(config)
         except (Exception, KeyboardInterrupt) as error:
             if full_error:
@@ -105,9 +109,60 @@ def hydra_main(
 
 def check_numbers(config: DictConfig) -> None:
     """Raise ElaraError for a number of the configuration that is not finite or outside of `elara.ranges`."""
-    settings = OmegaConf.to_container(config)
-    assert isinstance(settings, dict)
-    check_ranges({str(key): value for key, value in settings.items()})
+    settings: Any = OmegaConf.to_container(config)
+    check_ranges(settings)
+
+
+def check_effect(config: DictConfig, given: list[str] | None = None) -> None:
+    """Raise ElaraError for an override that has no effect in this configuration (`elara.effect`).
+
+    given: the overrides that the user gave now, where the task has others too, of a run that goes on; default all. Of
+    those others only a note is made, and so it is in what a sweep, a search or a starter of ranks began: they have
+    looked at it themselves.
+    """
+    hydra_config = HydraConfig.get()
+    task = list(hydra_config.overrides.task)
+    idle = _idle(config, hydra_config, task, set())
+    refused = {key_of(text) for text in (task if given is None else given)}
+    if launch.has_parent() or hydra_config.mode == RunMode.MULTIRUN:
+        refused = set()
+    for one in idle:
+        if key_of(one.override) in refused:
+            raise ElaraError(str(one))
+        if launch.global_rank() == 0:
+            print(f"note: {one}", flush=True)
+
+
+def check_effect_in_sweep(config: DictConfig) -> None:
+    """Raise ElaraError for an override of a sweep that cannot have an effect in any of its jobs.
+
+    config: as Hydra composes it for the whole sweep, its own part included, without the keys that are swept.
+    """
+    task = list(config.hydra.overrides.task)
+    parsed = OverridesParser.create().parse_overrides(task)
+    swept = {str(one.key_or_group) for one in parsed if one.is_sweep_override()}
+    for one in _idle(config, config.hydra, task, swept):
+        if not swept & set(one.rule.decided_by):
+            raise ElaraError(str(one))
+
+
+def _idle(config: DictConfig, about: Any, task: list[str], swept: set[str]) -> list[Idle]:
+    """Overrides without effect that ask for something: not for null, nor for what would be so without them."""
+    settings: Any = OmegaConf.to_container(config)
+    settings.pop("hydra", None)
+    settings[CHOICES] = dict(about.runtime.choices)
+    idle = find_idle(settings, task, about.job.config_name)
+    if not idle:
+        return []
+
+    plain = [text for text in task if key_of(text) not in swept | {key_of(one.override) for one in idle}]
+    before: Any = OmegaConf.to_container(hydra.compose(about.job.config_name, overrides=plain))
+    places = [key_of(one.override) for one in idle]
+    return [
+        one
+        for one, key in zip(idle, places, strict=True)
+        if key in swept or value_at(settings, key) not in (None, value_at(before, key))
+    ]
 
 
 def config_options() -> list[str]:

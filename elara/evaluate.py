@@ -41,8 +41,6 @@ def evaluate(config: DictConfig) -> None:
     for given in hydra.overrides.task:
         if given.startswith("tokenizer"):
             raise ElaraError(f"{given}: text is always read by the checkpoint's own tokenizer; leave this out")
-        if given.startswith("data.") and not chosen:
-            raise ElaraError(f"{given} needs the data group it belongs to: give data=text or another one as well")
     wanted = cast(EvaluateConfig, OmegaConf.to_object(config))
     folders = find_models(wanted.checkpoint)
     runs.say_reading(*folders.values())

@@ -30,6 +30,8 @@ STAMP = "%Y-%m-%d_%H-%M-%S"  # names of the folders of runs and sweeps
 # What tells a process its place among ranks; the jobs of a sweep start ranks of their own
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
+_parent = 0  # pid of the process of ours that started this one
+
 
 def signals() -> list[int]:
     """The signals that ask this process to save and end; SIGHUP only where it is heard, which it is not under nohup."""
@@ -110,9 +112,15 @@ def child_environment(**more: str) -> dict[str, str]:
 
 def watch_parent() -> None:
     """End this process, saving first if it trains, when the process that started it is gone."""
-    parent = int(os.environ.pop(PARENT, "0"))
-    if parent:
-        threading.Thread(target=_watch, args=(parent,), name="watch-parent", daemon=True).start()
+    global _parent
+    _parent = int(os.environ.pop(PARENT, "0"))
+    if _parent:
+        threading.Thread(target=_watch, args=(_parent,), name="watch-parent", daemon=True).start()
+
+
+def has_parent() -> bool:
+    """Whether a process of ours started this one, as a sweep, a search and a starter of ranks do."""
+    return _parent != 0
 
 
 def _watch(parent: int) -> None:

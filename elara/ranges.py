@@ -12,7 +12,8 @@ from typing import Any
 
 from elara.errors import ElaraError
 
-# In the notation of intervals; of a list every number is meant, and null is nobody's concern here
+# In the notation of intervals, "whole" for whole numbers where no schema says so; of a list every number is meant, and
+# null is nobody's concern here
 RANGES = {
     "model.dropout": "[0, 1)",
     "model.init_std": "[0, inf)",
@@ -32,12 +33,12 @@ RANGES = {
     "optimizer.weight_decay": "[0, inf)",
     "schedule.decay": "[0, 1]",
     "schedule.final": "[0, 1]",
-    "schedule.warmup": "[0, inf)",
-    "trainer.accumulate_grad_batches": "[1, inf)",
+    "schedule.warmup": "whole [0, inf)",
+    "trainer.accumulate_grad_batches": "whole [1, inf)",
     "trainer.gradient_clip_val": "[0, inf)",  # 0 and null: no clipping
-    "trainer.log_every_n_steps": "[1, inf)",
-    "trainer.max_steps": "[1, inf)",
-    "trainer.val_check_interval": "[1, inf)",
+    "trainer.log_every_n_steps": "whole [1, inf)",
+    "trainer.max_steps": "whole [1, inf)",
+    "trainer.val_check_interval": "whole [1, inf)",
     "distill.context": "[8, inf)",
     "distill.on_policy": "[0, 1]",
     "distill.temperature": "(0, inf)",
@@ -53,15 +54,15 @@ RANGES = {
     "data.val_batches": "[1, inf)",
     "data.val_fraction": "[0, 1]",
     "data.workers": "[0, inf)",
-    "callbacks.acceptance.new_tokens": "[1, inf)",
-    "callbacks.acceptance.prompt_tokens": "[1, inf)",
-    "callbacks.acceptance.prompts": "[1, inf)",
+    "callbacks.acceptance.new_tokens": "whole [1, inf)",
+    "callbacks.acceptance.prompt_tokens": "whole [1, inf)",
+    "callbacks.acceptance.prompts": "whole [1, inf)",
     "callbacks.acceptance.temperature": "[0, inf)",
-    "callbacks.checkpoint.every_n_steps": "[1, inf)",
-    "callbacks.checkpoint.keep": "[1, inf)",
+    "callbacks.checkpoint.every_n_steps": "whole [1, inf)",
+    "callbacks.checkpoint.keep": "whole [1, inf)",
     "callbacks.monitoring.share": "[0, 1]",
     "callbacks.progress.every": "[0, inf)",
-    "callbacks.samples.every": "[1, inf)",
+    "callbacks.samples.every": "whole [1, inf)",
 }
 
 
@@ -88,12 +89,15 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
 
 def _outside(value: float, interval: str) -> str:
     """The interval in words where a value lies outside of it, else ""."""
+    whole, interval = interval.startswith("whole "), interval.removeprefix("whole ")
     low, high = (float(bound) for bound in interval[1:-1].split(", "))
     closed = interval[0] == "[", interval[-1] == "]"
-    if (value > low or (value == low and closed[0])) and (value < high or (value == high and closed[1])):
+    inside = (value > low or (value == low and closed[0])) and (value < high or (value == high and closed[1]))
+    if inside and (isinstance(value, int) or not whole):
         return ""
+
     if all(closed):
         return f"between {low:g} and {high:g}"
     bounds = [f"{'at least' if closed[0] else 'above'} {low:g}"]
     bounds += [f"{'at most' if closed[1] else 'below'} {high:g}"] * math.isfinite(high)
-    return " and ".join(bounds)
+    return "a whole number of " * whole + " and ".join(bounds)

@@ -12,25 +12,29 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from elara import launch
-from elara.cli import check_numbers, config_options, config_path, guard, hydra_main, register_resolvers
+from elara.cli import check_effect, check_numbers, config_options, config_path, guard, hydra_main, register_resolvers
 from elara.errors import ElaraError
-from elara.overrides import quoted, without
+from elara.overrides import is_override, quoted, without
 from elara.runs import Run
 from elara.sweep import multirun
 from elara.training import resume
 from elara.training.config import register
+
+_given: list[str] = []  # overrides of this command line, without those of a run that goes on
 
 
 def train(config: DictConfig) -> None:
     """Run the training that `config` describes: here, in one process per device, or, in a sweep, in one per job."""
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
+        check_effect(config)
         multirun.run_job(config.sweep.ray)
         return
     # torch and Lightning take seconds to import: a typo or `--cfg job` should not wait for them
     here = Run(Path(hydra.runtime.output_dir))
     try:
         check_numbers(config)
+        check_effect(config, _given)
         count = 1 if launch.is_rank() else _processes(config)
         if count > 1:
             _start_ranks(count, here)
@@ -63,6 +67,7 @@ def _start_ranks(count: int, here: Run) -> NoReturn:
 
 def rewrite(arguments: list[str]) -> list[str]:
     """Let `resume=` and `sweep.resume=` take over the arguments of the run or sweep that goes on."""
+    _given[:] = [text for text in arguments if is_override(text)]
     register_resolvers()
     if launch.is_rank():
         if {"-m", "--multirun"} & set(arguments):

@@ -22,7 +22,8 @@ REFUSED = [
     ("optimizer.lr", -0.01, "at least 0"), ("optimizer.lr", NAN, FINITE), ("optimizer.adam_lr", INF, FINITE),
     ("optimizer.momentum", 2, "at least 0 and below 1"), ("optimizer.betas", [0.9, 1.0], "at least 0 and below 1"),
     ("optimizer.weight_decay", -0.1, "at least 0"), ("optimizer.eps", -INF, FINITE),
-    ("schedule.warmup", -1, "at least 0"), ("schedule.final", 1.5, "between 0 and 1"),
+    ("schedule.warmup", -1, "a whole number of at least 0"), ("trainer.log_every_n_steps", 2.5, "a whole number"),
+    ("schedule.final", 1.5, "between 0 and 1"),
     ("trainer.gradient_clip_val", -1, "at least 0"), ("trainer.log_every_n_steps", 0, "at least 1"),
     ("model.dropout", 1.0, "at least 0 and below 1"), ("model.init_std", -0.02, "at least 0"),
     ("moe.bias_update_rate", -0.1, "at least 0"), ("tidar.loss_weight", -0.5, "at least 0"),
@@ -46,7 +47,7 @@ STOP = "+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,moni
 
 @pytest.mark.parametrize(("override", "words"), [
     ("optimizer.lr=nan", "error: optimizer.lr=nan is no number to compute with: give a finite one"),
-    ("trainer.log_every_n_steps=-1", "error: trainer.log_every_n_steps=-1 must be at least 1"),
+    ("trainer.log_every_n_steps=-1", "error: trainer.log_every_n_steps=-1 must be a whole number of at least 1"),
     ("optimizer.betas=[0.9]", "error: optimizer.betas=[0.9] must be a list of 2 numbers"),
     (STOP, "error: callbacks.stop.min_delta=nan is no number"),
 ])  # fmt: skip

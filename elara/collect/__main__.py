@@ -23,8 +23,6 @@ def collect(config: DictConfig) -> None:
     for given in hydra.overrides.task:
         if given.startswith("tokenizer"):
             raise ElaraError(f"{given}: teachers have tokenizers of their own; leave this out")
-        if given.startswith("data.") and not chosen:
-            raise ElaraError(f"{given} needs the data group it belongs to: give data=text or another one as well")
     wanted = cast(CollectConfig, OmegaConf.to_object(config))
     from elara.collect.run import run  # torch takes a second to import: a typo should not wait for it
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from elara import runs
-from elara.errors import ElaraError
+from elara.errors import ElaraError, naming
 from elara.export import ollama
 from elara.export.config import FORMATS, ExportConfig
 from elara.export.files import write_model
@@ -110,7 +110,8 @@ def _verify(
 ) -> None:
     kind = wanted.quantize.type
     console.print("comparing it with the checkpoint; verify=false leaves this out ...")
-    reference = make_reference(source, runs.project_root() / "data", wanted.verify_tokens)
+    with naming(source.folder):
+        reference = make_reference(source, runs.project_root() / "data", wanted.verify_tokens)
     found, notes = verify(path, architecture, reference, library)
     if architecture == UNROLLED and library is None:
         notes.append(f"not read back by llama.cpp, whose library is not here: {HOW_TO_GET}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from elara.effect import find_idle, value_at
 from elara.errors import ElaraError
 from elara.overrides import key_of
 from elara.sweep.overrides import merged
@@ -54,6 +55,7 @@ def compose(fixed: Sequence[str], space: Sequence[Parameter]) -> Steps:
         if parameter.kind == "choice" and "." not in parameter.key:
             corners += [low | {parameter.key: choice} for choice in parameter.choices[1:-1]]
     configs = [_compose(merged(fixed, (f"{key}={text}" for key, text in corner.items()))) for corner in corners]
+    _check_effect(fixed, searched, configs)
     for config in configs:
         if not any(str(part.get("_target_", "")).endswith((".CSV", ".csv")) for part in _parts(config, "logger")):
             raise ElaraError("a search reads metrics.csv, which the trials' logger does not write: take logger=csv")
@@ -64,6 +66,17 @@ def compose(fixed: Sequence[str], space: Sequence[Parameter]) -> Steps:
         _largest(configs, "trainer", "val_check_interval"),
         _largest(configs, "schedule", "warmup"),
     )
+
+
+def _check_effect(fixed: Sequence[str], searched: set[str], configs: Sequence[dict[str, Any]]) -> None:
+    """Raise ElaraError for what is fixed or searched and has no effect in any trial."""
+    every = [*fixed, *(f"{key}=..." for key in sorted(searched))]
+    idle = [one for one in find_idle(configs[0], every, "train") if not searched & set(one.rule.decided_by)]
+    if idle and (key := key_of(idle[0].override)) not in searched:
+        before = _compose([text for text in fixed if key_of(text) != key])
+        idle = [one for one in idle if value_at(configs[0], key) not in (None, value_at(before, key))]
+    if idle:
+        raise ElaraError(str(idle[0]))
 
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:

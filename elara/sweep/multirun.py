@@ -23,11 +23,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from elara import trust
-from elara.cli import config_options, fail
+from elara.cli import check_effect_in_sweep, config_options, fail
 from elara.errors import ElaraError, Interrupted
 from elara.launch import child_environment, signals
 from elara.overrides import is_override, key_of, quoted, value_of, without
-from elara.plan import MULTIRUN, read_plan
+from elara.plan import MULTIRUN, is_sweep, read_plan
 from elara.runs import LOCK, Run, claim, project_root, sweep_root, worked_at
 from elara.sweep.cluster import Cluster
 from elara.sweep.process import failure, record
@@ -102,6 +102,8 @@ class Report(Callback):
         try:
             if config.hydra.sweeper.get("params"):
                 raise ElaraError("hydra.sweeper.params is not read: give the values on the command line, as key=a,b")
+            if not is_sweep(folder):  # one that goes on stays as it was begun
+                check_effect_in_sweep(config)
             _claimed = (folder, claim(folder))
         except ElaraError as error:
             fail(error)
