@@ -34,7 +34,8 @@ from elara.model import ElaraLM
 from elara.overrides import quoted
 from elara.runs import Run, claim, find_checkpoint, project_root, shown, write_whole
 from elara.tokenizer import Tokenizer, TokenizerConfig
-from elara.training.callbacks import Checkpoint, Ending
+from elara.training.callbacks import Ending
+from elara.training.callbacks.checkpoint import saver_of
 from elara.training.callbacks.ending import is_finished
 from elara.training.callbacks.samples import last_sample
 from elara.training.config import DistillConfig
@@ -277,7 +278,8 @@ def begin(config: DictConfig, parts: Parts, here: Run) -> Start:
     if config.init_from:
         path = find_checkpoint(config.init_from).resolve()
         load_weights(path, parts)
-        saver_of(parts.trainer, parent=str(path))
+        note_parent(parts.trainer, str(path))
+        say(f"weights from {shown(path)}")
     return Start()
 
 
@@ -307,7 +309,7 @@ def restore(parts: Parts, found: list[Path]) -> Start:
             say(f"note: {problem}; going back to {path.name}")
         parts.module.resumed_step = meta["step"]
         parts.data.start = read_before(meta, parts)
-        saver_of(parts.trainer, parent=meta.get("parent"))
+        note_parent(parts.trainer, meta.get("parent"))
         return Start(meta["step"], path / checkpoint.TRAINER, meta["validation_due"])
     raise errors[0]
 
@@ -368,11 +370,10 @@ def load_weights(path: Path, parts: Parts) -> dict[str, Any]:
     return meta
 
 
-def saver_of(trainer: lightning.Trainer, parent: str | None) -> None:
+def note_parent(trainer: lightning.Trainer, parent: str | None) -> None:
     """Tell the checkpoint callback where the weights came from."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Checkpoint):
-            callback.parent = parent
+    if (saver := saver_of(trainer)) is not None:
+        saver.parent = parent
 
 
 def fit(parts: Parts, start: Start) -> None:
