@@ -394,7 +394,7 @@ def note_changes(here: Run, settings: Mapping[str, Any]) -> None:
     """Say which settings of a resumed run are not what they were."""
     if not here.config.exists():
         return
-    before = flat(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(here.config))))
+    before = flat(addresses.bare_values(OmegaConf.to_container(OmegaConf.load(here.config))))
     now = flat(settings)
     for key in sorted(before.keys() | now.keys()):
         if key != "resume" and before.get(key) != now.get(key):
