@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import pickle
 import re
 import signal
 import sys
@@ -97,10 +98,14 @@ def _remove_empty(folder: Path) -> None:
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Run a script's `main`, with one line instead of a traceback for what its user can mend."""
+    """Run a script's `main`, with one line instead of a traceback, as `hydra_main` does."""
     try:
         main()
     except (ElaraError, OSError, KeyboardInterrupt) as error:
+        fail(error)
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
         fail(error)
 
 
@@ -136,6 +141,8 @@ def explain(error: BaseException) -> str:
         return _no_match(str(error))
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
+    if _in_chain(error, pickle.UnpicklingError) is not None:  # whose own words advise to run it
+        return "a file that was to be read holds more than tensors and plain values: do not trust the folder it is from"
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
         return (
             "out of memory: lower data.batch_size and raise trainer.accumulate_grad_batches, or set trm.checkpoint=true"

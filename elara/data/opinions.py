@@ -42,6 +42,8 @@ class OpinionFile:
         try:
             self.about: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             n, k, ids = self.about["tokens"], self.about["k"], np.dtype(self.about["ids"])
+            if ids.kind != "u":
+                raise ValueError(f"ids are of {ids}")
             self._ids = _map(folder / "ids", ids, (n, k))
             self._logprobs = _map(folder / "logprobs", np.dtype("<f2"), (n, k + 1))
             self._following = _map(folder / "following", np.dtype("<f2"), (n,))

@@ -25,6 +25,8 @@ class TokenFile:
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
         entry = _read_json(folder / "manifest.json")
+        if entry.get("dtype") not in ("<u2", "<u4"):  # of objects, bytes would be taken for places in memory
+            raise ElaraError(f"{folder / 'manifest.json'} has no dtype of tokens: delete {folder} and run again")
         counts, self.dtype = entry[split], np.dtype(entry["dtype"])
         self.tokens = self._map(folder / f"{split}.bin", self.dtype, counts["tokens"])
         self.ends = self._map(folder / f"{split}.ends", np.dtype("<i8"), counts["documents"])

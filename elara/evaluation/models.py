@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import cast
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import OmegaConf
 
 from elara.data import DataConfig
 from elara.errors import ElaraError
@@ -42,10 +43,17 @@ def run_of(folder: Path) -> Run | None:
 def data_of(folder: Path) -> DataConfig | None:
     """The data that a checkpoint's run was trained on, from the run's config.yaml; None when that is not there."""
     run = run_of(folder)
-    config = None if run is None else OmegaConf.load(run.config)
-    data = config.get("data") if isinstance(config, DictConfig) else None
-    if not isinstance(data, DictConfig):
+    if run is None:
         return None
+    try:
+        config = yaml.safe_load(run.config.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ElaraError(f"{run.config} cannot be read: {str(error).splitlines()[0]}") from error
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict):
+        return None
+    if "${" in str(data):  # it would be worked out here, from what is on this machine
+        raise ElaraError(f"{run.config} has a reference (${{...}}) in its data: a run writes none, do not trust it")
     known = {field.name for field in fields(DataConfig)}
     given = {str(key): value for key, value in data.items() if key in known}
     return cast(DataConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), given)))
