@@ -179,11 +179,15 @@ def _remove_empty(folder: Path) -> None:
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Run a script's `main`, with one line instead of a traceback for what its user can mend."""
+    """Run a script's `main`, with one line instead of a traceback, as `hydra_main` does."""
     shield()
     try:
         main()
     except (ElaraError, OSError, KeyboardInterrupt) as error:
+        fail(error)
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
         fail(error)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,16 @@ from tests.sweep.conftest import SPACE, open_study
 
 PLAIN = ["~callbacks.samples", "~callbacks.acceptance", "~callbacks.plots", "~callbacks.monitoring"]
 FEW = ["eval.max_bytes=300", "eval.passage=100", "eval.prompts=0", "eval.speed_rounds=0", "device=cpu"]
+
+opened: set[str] = set()  # files that this process has opened since it was emptied
+
+
+def _note(event: str, about: tuple[object, ...]) -> None:
+    if event == "open" and isinstance(about[0], (str, Path)):
+        opened.add(os.path.realpath(about[0]))
+
+
+sys.addaudithook(_note)
 
 Command = tuple[Callable[[], None], list[str]]
 
@@ -128,7 +139,7 @@ def studied(home: Path) -> Case:
     while (begun := study.start()) is not None:
         study.complete(begun[0], 1.0)
         (folder / str(begun[0].number)).mkdir()
-    return Case(home, folder, {"search": (go_on, [str(folder)]), "report": (report.main, [str(folder)])})
+    return Case(home, folder, {"search": (go_on, [str(folder)])})
 
 
 def go_on() -> None:
@@ -139,13 +150,16 @@ def go_on() -> None:
 def collected(home: Path) -> Case:
     folder = home / "data" / "collected" / "bees"
     folder.mkdir(parents=True)
-    answer = {
-        "id": "1", "messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}],
-        "source": "teacher", "weight": 1.0,
-        "provenance": {"teacher": "a", "identity": {}, "finish": "stop", "key": "k"},
-    }  # fmt: skip
-    (folder / "answers.jsonl").write_text(json.dumps(answer) + "\n", "utf-8")
-    (folder / "kept.jsonl").write_text(json.dumps(answer) + "\n", "utf-8")
+    answers = [
+        {
+            "id": f"{i}", "source": "teacher", "weight": 1.0,
+            "messages": [{"role": "user", "content": f"why {i}?"}, {"role": "assistant", "content": f"so {i} " * 9}],
+            "provenance": {"teacher": "a", "teacher_hash": "a1", "prompt": f"p{i}", "identity": {}, "finish": "stop"},
+        }
+        for i in range(80)
+    ]  # fmt: skip
+    for name in ("answers.jsonl", "kept.jsonl"):
+        (folder / name).write_text("".join(json.dumps(answer) + "\n" for answer in answers), "utf-8")
     chat = ["data=chat", f"data.path={folder}/kept.jsonl", "tokenizer=byte", "trainer.max_steps=1"]
     return Case(home, folder, {
         "collect": (collect.main, ["teacher=[]", "name=bees"]),
@@ -190,20 +204,23 @@ def test_no_payload_in_a_run_runs(cases: dict[str, Case], tmp_path: Path, in_pro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["run", "sharded", "sweep", "study", "store", "prepared data"])
+@pytest.mark.parametrize("kind", ["sweep", "study", "store"])
 def test_no_payload_in_any_file_runs(cases: dict[str, Case], kind: str, tmp_path: Path, in_process) -> None:
     whole, marker, wrong = cases[kind], tmp_path / "marker", list[tuple[str, ...]]()
     marker.with_suffix(".pt").write_bytes(saved_by_torch(marker))
-    for name, (main, arguments) in whole.copy(tmp_path / "whole").commands.items():
-        code, _, errors = in_process(main, tmp_path / "whole", *arguments)
-        assert code == 0, (name, errors)  # so that each reads its folder
-    number = 0
-    for file in whole.files():
-        content = (whole.folder / file).read_bytes()
-        for what, payload in spoiled(file.name, content, marker).items():
-            for name in whole.commands:
-                number += 1
-                case = whole.copy(tmp_path / str(number))
+    for name in whole.commands:
+        case = whole.copy(tmp_path / "whole")
+        main, arguments = case.commands[name]
+        opened.clear()
+        code, _, errors = in_process(main, case.home, *arguments)
+        assert code == 0, (name, errors)
+        own = [(file, os.path.realpath(case.folder / file)) for file in whole.files()]
+        read = [file for file, place in own if place in opened or file.suffix == ".safetensors"]
+        assert read, f"{name} reads nothing of its folder"
+        shutil.rmtree(case.home)
+        for file in read:
+            for what, payload in spoiled(file.name, (whole.folder / file).read_bytes(), marker).items():
+                case = whole.copy(tmp_path / "spoiled")
                 put(case, file, payload)
                 main, arguments = case.commands[name]
                 code, _, errors = in_process(main, case.home, *arguments)

@@ -67,7 +67,7 @@ class SharedStudy:
             try:
                 self._storage = JournalStorage(JournalFileBackend(str(journal), lock))
                 self.study = self._open(fixed)
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
                 raise ElaraError(f"{journal} cannot be read ({error}): move it away to begin anew") from error
             self._revive()
 
