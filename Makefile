@@ -64,7 +64,7 @@ test: $(DEV) ## the fast tests, with the coverage of model and decoding
 test-all: test counterparts ## the fast tests, then the slow ones and those with a real counterpart
 	@$(PY) -m pytest -m slow $(PARALLEL)
 
-test-long: $(DEV) ## what takes hours: 190 more random ways through resuming
+test-long: $(DEV) ## what takes hours: 200 random ways through resuming
 	@$(PY) -m pytest -m long $(PARALLEL)
 
 # Programs that the tests compare with. Where one cannot be installed, the tests that need it say so and are skipped.

@@ -17,7 +17,9 @@ from typing import Any
 KEYS = ("url", "base_url", "host")  # of the configuration that hold addresses
 WAITING = "ELARA_ADDRESSES"  # JSON in the environment: address without credentials -> with them
 _PLAIN = r"""[^\s'",}\]]+"""
-_VALUE = re.compile(rf"""(\b(?:{"|".join(KEYS)})\s*[=:]\s*)(?:(['"]+)([^'"]+)|({_PLAIN}(?:,\w+://{_PLAIN})*))""")
+_VALUE = re.compile(
+    rf"""(\b(?:{"|".join(KEYS)})\s*[=:]\s*)(?:(['"]+)((?:\\.|(?!\2).)+)|({_PLAIN}(?:,\w+://{_PLAIN})*))""", re.DOTALL
+)
 
 
 def bare(address: str) -> str:

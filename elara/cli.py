@@ -50,12 +50,17 @@ def config_path() -> str:
 def register_resolvers() -> None:
     """`${elara_root:}` in the config is `runs.project_root()`, `${elara_new:train,bee}` what `runs.new_folder` makes.
 
-    The latter is cached: one command means one folder, however often it is read.
+    The latter is cached: one command means one folder, however often it is read; one that only shows the configuration
+    makes none.
     """
+    shows = {"--cfg", "-c", "--info", "-i", "--help"} & set(sys.argv)
+
+    def new(*parts: object) -> str:
+        names = [str(part) for part in parts]
+        return "/".join(["outputs", *names, "..."]) if shows else str(runs.new_folder(*names))
+
     OmegaConf.register_new_resolver("elara_root", lambda: str(runs.project_root()), replace=True)
-    OmegaConf.register_new_resolver(
-        "elara_new", lambda *parts: str(runs.new_folder(*map(str, parts))), use_cache=True, replace=True
-    )
+    OmegaConf.register_new_resolver("elara_new", new, use_cache=True, replace=True)
 
 
 def hydra_main(
@@ -120,6 +125,8 @@ def check_effect(config: DictConfig, given: list[str] | None = None) -> None:
     those others only a note is made, and so it is in what a sweep, a search or a starter of ranks began: they have
     looked at it themselves.
     """
+    if launch.has_parent() and launch.is_rank():
+        return
     hydra_config = HydraConfig.get()
     task = list(hydra_config.overrides.task)
     idle = _idle(config, hydra_config, task, set())

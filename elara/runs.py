@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from elara.errors import ElaraError
 from elara.launch import new_name
@@ -45,13 +46,22 @@ class Run:
 
     @property
     def overrides(self) -> Path:
-        """The command line's overrides as Hydra saved them, a YAML list."""
+        """The command line's overrides, a YAML list."""
         return self.path / ".hydra" / "overrides.yaml"
 
     @property
     def hydra(self) -> Path:
-        """Hydra's own settings of the command that began the run, the folder it was given in among them, YAML."""
+        """Hydra's own settings of the command that began the run or went on with it, with its folder; YAML."""
         return self.path / ".hydra" / "hydra.yaml"
+
+    def record(self, hydra: Any) -> None:
+        """Remember the command that this run is begun or gone on with. hydra: Hydra's own settings (a HydraConf).
+
+        Hydra itself would write this before anyone could refuse the command, over the record of another run.
+        """
+        self.overrides.parent.mkdir(exist_ok=True)
+        write_whole(self.overrides, OmegaConf.to_yaml(hydra.overrides.task))
+        write_whole(self.hydra, OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra})))
 
     def discard(self) -> None:
         """Remove the traces of a run that never began; what else lies in the folder stays, and so does the folder."""
@@ -194,7 +204,7 @@ def followed(link: Path) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps behind a checkpoint folder (or a link to one); -1 where nothing tells."""
+    """Optimizer steps that led to a checkpoint folder (or the one a link leads to); -1 where nothing tells."""
     folder = followed(checkpoint)
     if _STEP.fullmatch(folder.name):
         return int(folder.name.removeprefix("step-"))

@@ -31,17 +31,11 @@ def train(config: DictConfig) -> None:
         multirun.run_job(config.sweep.ray)
         return
     # torch and Lightning take seconds to import: a typo or `--cfg job` should not wait for them
-    here = Run(Path(hydra.runtime.output_dir))
-    try:
-        check_numbers(config)
-        check_effect(config, _given)
-        count = 1 if launch.is_rank() else _processes(config)
-        if count > 1:
-            _start_ranks(count, here)
-    except BaseException:
-        if not here.config.exists():
-            here.discard()  # nothing was trained: leave no empty run behind
-        raise
+    check_numbers(config)
+    check_effect(config, _given)
+    count = 1 if launch.is_rank() else _processes(config)
+    if count > 1:
+        _start_ranks(count, Run(Path(hydra.runtime.output_dir)))
     from elara.training.run import run
 
     run(config)
@@ -60,8 +54,8 @@ def _start_ranks(count: int, here: Run) -> NoReturn:
     """Train in `count` processes that do what this one was told, and end as they do."""
     hydra = HydraConfig.get()
     overrides = [*hydra.overrides.task, *without(hydra.overrides.hydra, "hydra.run", "hydra.mode")]
-    place = [f"hydra.run.dir={quoted(str(here.path))}", "hydra.output_subdir=null"]
-    command = [sys.executable, "-m", "elara.train", *config_options(), *overrides, *place]
+    place = f"hydra.run.dir={quoted(str(here.path))}"
+    command = [sys.executable, "-m", "elara.train", *config_options(), *overrides, place]
     raise SystemExit(launch.run_ranks(command, count, f"python -m elara.train resume={shlex.quote(str(here.path))}"))
 
 
@@ -69,11 +63,8 @@ def rewrite(arguments: list[str]) -> list[str]:
     """Let `resume=` and `sweep.resume=` take over the arguments of the run or sweep that goes on."""
     _given[:] = [text for text in arguments if is_override(text)]
     register_resolvers()
-    if launch.is_rank():
-        if {"-m", "--multirun"} & set(arguments):
-            raise ElaraError("a sweep (-m) starts its processes itself: run it without torchrun or srun")
-        if launch.global_rank() > 0:
-            arguments = [*arguments, "hydra.output_subdir=null"]  # .hydra is rank 0's to write
+    if launch.is_rank() and {"-m", "--multirun"} & set(arguments):
+        raise ElaraError("a sweep (-m) starts its processes itself: run it without torchrun or srun")
     return resume.rewrite(multirun.rewrite(arguments), config_path())
 
 

@@ -2,11 +2,13 @@
 
 The overrides that it brings along may set values and choose options. What makes them a program is checked here: objects
 to build, text that is worked out when it is read, settings of Hydra itself, configurations in other places, addresses.
+Not checked: where its callbacks and loggers write; what they write is a run's own files.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,7 +36,7 @@ FACTORIES = (  # whose functions are there for a configuration to name
     "elara.training.loggers.weights_and_biases",
 )
 # references to other settings and to the run's own places; the others call something, or read what is on this machine
-HARMLESS = re.compile(r"\$\{(hydra:[\w./]+|elara_root:|elara_now:|now:[^${}]*|[\w.]+)\}")
+HARMLESS = re.compile(r"\$\{(hydra:[\w./]+|elara_root:|now:[^${}]*|[\w.]+)\}")
 VALUES = ("name", "seed", "init_from", "compile")  # all other keys without a dot are groups
 OPTION = re.compile(r"[\w-][\w.-]*")  # of a group, by its name; with a / it could be any file
 ADDRESSES = ("base_url", "host", "address", "tracking_uri")
@@ -94,6 +96,7 @@ def is_part(target: Any) -> bool:
     """
     if not isinstance(target, str) or not re.fullmatch(PACKAGES, target):
         return False
+    logging.getLogger("hydra.utils").disabled = True  # it would say first, in its words, what is missing
     try:
         found: Any = get_object(target)
     except Exception:  # Hydra would not build it either

@@ -67,7 +67,7 @@ def test_a_run_uses_the_credentials_of_its_data_and_keeps_none(home: Home, serve
     assert done.returncode == 0, done.stderr
     run = own.only_run("keeps")
     assert not holding(tmp_path, PASSWORD, TOKEN)
-    for file in (run / "config.yaml", run / ".hydra" / "overrides.yaml", run / ".hydra" / "config.yaml"):
+    for file in (run / "config.yaml", run / ".hydra" / "overrides.yaml", run / ".hydra" / "hydra.yaml"):
         assert f"http://{server}" in file.read_text("utf-8")
     assert PASSWORD not in done.stdout + done.stderr and TOKEN not in done.stdout + done.stderr
     os.environ[addresses.WAITING] = "{}"  # another day

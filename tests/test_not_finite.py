@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def test_sample(in_process, home, mode, temperature):
     name = "diffusion" if mode == "diffusion" else "embedding"
     given = [f"checkpoint={name}", "prompt=To be", f"mode={mode}", f"temperature={temperature}"]
     code, _, err = in_process(sample.main, home, *given)
+    err = re.sub(r"^reading .*\n", "", err)
     assert (code, err.count("\n")) == (1, 1)
     assert err.startswith(f"error: {name}: ") and SAID in err
 
@@ -64,6 +66,7 @@ def test_evaluate(in_process, home, name, overrides):
 @pytest.mark.parametrize("form", ["gguf", "compact", "safetensors"])
 def test_export(in_process, home, form):
     code, _, err = in_process(export.main, home, "checkpoint=embedding", f"format={form}", f"output={home / form}")
+    err = re.sub(r"^reading .*\n", "", err)
     assert (code, err.count("\n")) == (1, 1)
     assert "'embed.weight' is nan or infinite in places" in err and "embedding" in err
     assert not [file for file in (home / form).rglob("*") if file.is_file()]

@@ -106,6 +106,8 @@ class Report(Callback):
                 check_effect_in_sweep(config)
             _claimed = (folder, claim(folder))
         except ElaraError as error:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # made for it, and empty
             fail(error)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

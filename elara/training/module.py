@@ -267,10 +267,13 @@ class ElaraModule(lightning.LightningModule):
         """Raise NotFinite when a loss or the gradient's norm is nan or infinite: what follows would be nonsense."""
         try:
             check_finite(figures, self.step, scaled=self._scaled)
-        except NotFinite:
+        except NotFinite as error:
             if self.teaching is not None:
                 self.teaching.check()  # it may be a teacher's fault
-            raise
+            if not self.resumed_step:
+                raise
+            way_back = f"delete checkpoints/step-{self.resumed_step}, from which it went on, to go back further"
+            raise NotFinite(f"{error}; if that does not help, {way_back}") from error
 
     def check_state(self) -> None:
         """The same for the weights and for figures that no log has read yet; every rank calls this at the same step."""

@@ -23,7 +23,10 @@ from elara.runs import Run, newest_unfinished
 PLACE = ("resume", "hydra.run.dir")  # given anew here
 NOT_INHERITED = (*PLACE, "data.changed")  # said of one command, not of the run
 # keys whose value may be a relative path
-PATHS = ("data.path", "data.replay.path", "data.url", "data.replay.url", "tokenizer.path", "init_from")
+PATHS = re.compile(
+    r"data\.(replay\.)?(path|url)|tokenizer\.path|init_from|teachers\.\w+\.backend\.(checkpoint|model|cache|shards)"
+)
+RUNS = re.compile(r"init_from|.*\.checkpoint")  # of these, the keys whose value may be the name of a run instead
 
 
 def rewrite(arguments: list[str], config_path: str) -> list[str]:
@@ -63,8 +66,7 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
         merged += _saved_precision(run)
     options = [text for text in arguments if not is_override(text)]
     place = quoted(str(run.path))
-    # a refused command must leave no trace: what this one says is recorded when it has been accepted
-    return [*options, *merged, f"resume={place}", f"hydra.run.dir={place}", "hydra.output_subdir=null"]
+    return [*options, *merged, f"resume={place}", f"hydra.run.dir={place}"]
 
 
 def _name(overrides: list[str], config_path: str) -> str:
@@ -96,26 +98,29 @@ def _saved_overrides(run: Run) -> list[str]:
 
 
 def _began_in(run: Run) -> Path | None:
-    """The folder in which a run was begun, or last gone on with; None where Hydra's record does not say."""
+    """The folder in which a run was begun, or last gone on with; None where its record does not say."""
     try:
         return Path(yaml.safe_load(run.hydra.read_text("utf-8"))["hydra"]["runtime"]["cwd"])
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
 
 
-def absolute(key: str, value: str | None, folder: Path) -> str | None:
-    """A relative path under one of the keys `PATHS` as it leads from `folder`; what is no path there stays as it is."""
-    name_of_a_run = key == "init_from" and "/" not in (value or "")
-    if not value or name_of_a_run or not (folder / value).exists():
-        return value
-    return os.path.abspath(folder / value)
+def absolute(settings: Any, folder: Path, key: str = "") -> Any:
+    """Nested settings whose paths lead from `folder`, wherever they are read. key: the dotted key of `settings`."""
+    if isinstance(settings, dict):
+        return {name: absolute(value, folder, f"{key}.{name}".lstrip(".")) for name, value in settings.items()}
+    if not isinstance(settings, str) or not settings or not PATHS.fullmatch(key):
+        return settings
+    place = folder / settings
+    there = any((place / part).exists() for part in ("config.json", "checkpoints")) or not RUNS.fullmatch(key)
+    return os.path.abspath(place) if there and place.exists() else settings
 
 
 def _from(folder: Path | None, override: str) -> str:
-    """An override whose path leads from `folder`, wherever it is read."""
+    """The same for an override."""
     key, value = key_of(override), value_of(override)
-    found = absolute(key, value, folder) if folder is not None and key in PATHS else value
-    if not found or found == value:
+    found = value if folder is None else absolute(value, folder, key)
+    if found == value:
         return override
     sign = "+" * (len(override) - len(override.lstrip("+")))
     return f"{sign}{key}={quoted(found)}"

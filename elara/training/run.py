@@ -28,7 +28,7 @@ from elara.data.identity import check_identity, identity
 from elara.data.module import ElaraData
 from elara.data.sources import CONVERSATIONS
 from elara.device import processes
-from elara.errors import ElaraError
+from elara.errors import ElaraError, NotFinite
 from elara.launch import global_rank, local_ranks, nodes
 from elara.model import ElaraLM
 from elara.overrides import quoted
@@ -43,7 +43,7 @@ from elara.training.distributed import environment
 from elara.training.module import ElaraModule
 from elara.training.precision import resolve
 from elara.training.reading import stored_opinions
-from elara.training.resume import PATHS, absolute
+from elara.training.resume import absolute
 from elara.training.sharding import FSDP
 from elara.training.teaching import Teaching, open_teachers
 
@@ -76,6 +76,9 @@ def run(config: DictConfig) -> None:
     here = Run(Path(HydraConfig.get().runtime.output_dir))
     first = global_rank() == 0
     lock = claim(here.path) if first else None
+    new = first and not here.overrides.exists()
+    if new:
+        here.record(HydraConfig.get())
     hush()
     lightning.seed_everything(config.seed, verbose=False)
     try:
@@ -83,14 +86,13 @@ def run(config: DictConfig) -> None:
         parts = build(config, settings)
         start = begin(config, parts, here)
     except BaseException:
-        if first and not here.config.exists():
+        if new:
             here.discard()  # nothing was trained: leave no empty run behind
         raise
     if first:
         here.remove_leftovers()
         note_changes(here, settings)
-        if config.resume:
-            record_overrides(here)
+        here.record(HydraConfig.get())
         write_whole(here.config, OmegaConf.to_yaml(OmegaConf.create(settings)))
         for logger in parts.trainer.loggers:
             logger.log_hyperparams(settings)
@@ -116,12 +118,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     settings = cast(dict[str, Any], addresses.bare_values(OmegaConf.to_container(config, resolve=True)))
     if not re.fullmatch(r"[\w.-]+", settings["name"]):
         raise ElaraError(f"name={settings['name']} names a folder: use letters, digits, '.', '-' and '_' only")
-    for key in PATHS:  # the run may go on in another folder
-        *groups, name = key.split(".")
-        part = settings
-        for group in groups:
-            part = part[group]
-        part[name] = absolute(key, part[name], Path.cwd())
+    settings = cast(dict[str, Any], absolute(settings, Path.cwd()))  # the run may go on in another folder
     trainer = settings["trainer"]
     trainer["precision"] = resolve(trainer.get("precision", "auto"), str(trainer.get("accelerator", "auto")))
     if trainer.get("num_nodes", "auto") == "auto":
@@ -293,6 +290,8 @@ def restore(parts: Parts, found: list[Path]) -> Start:
     for path in found:
         try:
             meta, saved = checkpoint.read_meta(path), checkpoint.read_config(path)
+            if meta.get("finite") is False:
+                raise NotFinite(f"{path}: its held-out loss is nan or infinite")
         except ElaraError as error:
             errors.append(error)
             continue
@@ -382,12 +381,6 @@ def fit(parts: Parts, start: Start) -> None:
     if start.validation_due:
         trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data, ckpt_path=start.trainer_state, weights_only=True)
-
-
-def record_overrides(here: Run) -> None:
-    """Remember what this command line made of the run; Hydra would have done so before anyone could refuse it."""
-    here.overrides.parent.mkdir(exist_ok=True)
-    write_whole(here.overrides, OmegaConf.to_yaml(HydraConfig.get().overrides.task))
 
 
 def note_changes(here: Run, settings: Mapping[str, Any]) -> None:

@@ -244,3 +244,18 @@ def test_slurms_tasks_share_one_folder(home) -> None:
     assert [task.returncode for task in tasks] == [0, 0], said
     run = home.only_run("slurm")
     assert run.name == "slurm-4242.0" and Run(run).read_summary()["world_size"] == 2
+
+
+def test_a_run_goes_on_in_the_text_on_another_number_of_processes(home) -> None:
+    """One, two, one again: the windows that were read add up, at whatever batches they came in."""
+    name = "one-two-one"
+    steps = [*home.tiny(f"name={name}", *QUIET), "trainer.max_steps=4", "data.batch_size=3"]
+    assert home.run(*steps).returncode == 0
+    run = Run(home.only_run(name))
+    read = [checkpoint.read_meta(run.last)["read"][0]["windows"]]
+    two = ["trainer=ddp_cpu", "trainer.precision=32-true", "data.batch_size=2", "trainer.max_steps=7"]
+    for changes in (two, ["trainer.devices=1", "data.batch_size=5", "trainer.max_steps=9"]):
+        done = home.run(f"resume={run.path}", *changes)
+        assert done.returncode == 0, done.stderr
+        read.append(checkpoint.read_meta(run.last)["read"][0]["windows"])
+    assert read == [4 * 3, 12 + 3 * 2 * 2, 24 + 2 * 5]

@@ -143,6 +143,41 @@ def test_a_run_killed_during_validation_makes_up_for_it(home, whole: Path) -> No
     same_run(home, run.path, whole)
 
 
+def test_a_run_killed_in_its_last_validation_is_finished_when_it_has_made_up_for_it(home, whole: Path) -> None:
+    run = Run(copy_as_killed(whole, "last-validation", step=24))
+    checkpoint.write_json(run.last / "meta.json", {**checkpoint.read_meta(run.last), "validation_due": True})
+    done = home.call("resume=auto", "name=last-validation")
+    assert done.returncode == 0, done.stderr
+    assert run.finished and run.read_summary()["steps"] == 24
+    done = home.call("resume=auto", "name=last-validation")
+    assert done.returncode == 1 and "every run called 'last-validation' is finished" in done.stderr
+
+
+def test_a_checkpoint_whose_validation_gave_no_numbers_is_passed_by(home, whole: Path) -> None:
+    run = Run(copy_as_killed(whole, "no-numbers", step=24))
+    checkpoint.write_json(run.last / "meta.json", {**checkpoint.read_meta(run.last), "finite": False})
+    done = home.call("resume=auto", "name=no-numbers")
+    assert done.returncode == 0, done.stderr
+    assert "step-24: its held-out loss is nan or infinite; going back to step-16" in done.stdout
+    same_run(home, run.path, whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_blows_up_after_going_on_says_how_to_go_back(home, whole: Path) -> None:
+    run = Run(copy_as_killed(whole, "blown-up", step=16))
+    clip = "trainer.gradient_clip_val"
+    wild = ["optimizer.lr=1e25", "optimizer.adam_lr=1e25", "trainer.val_check_interval=1", f"{clip}=0"]
+    done = home.call(f"resume={run.path}", *wild)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "delete checkpoints/step-16, from which it went on, to go back further" in done.stderr
+    for path in run.checkpoints():
+        if path.name not in ("step-8", "step-16"):
+            shutil.rmtree(path)  # whatever was saved of it
+    calm = ["optimizer.lr=0.02", "optimizer.adam_lr=0.004", "trainer.val_check_interval=8", f"{clip}=1"]
+    done = home.call(f"resume={run.path}", *calm)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(home, whole: Path) -> None:
     run = Run(copy_as_killed(whole, "damaged", step=24))
     state = run.last / "trainer.ckpt"
@@ -377,6 +412,23 @@ def test_a_refused_resume_leaves_no_trace(home, whole: Path, change: str) -> Non
         same_run(home, run.path, whole)
 
 
+def test_a_new_run_in_the_folder_of_another_is_refused_and_leaves_no_trace(home, whole: Path) -> None:
+    before = traces(whole)
+    done = home.call(*home.tiny("name=whole", "seed=99", f"hydra.run.dir={whole}"))
+    assert done.returncode == 1 and f"{whole} holds a run already: go on with resume={whole}" in done.stderr
+    assert traces(whole) == before
+
+
+@pytest.mark.parametrize("change", ["optimizer.lr=-1", "data.path=typo.txt"])
+def test_a_refusal_deletes_nothing_of_a_run_that_was_killed_while_it_prepared(home, change: str) -> None:
+    folder = home.path / "outputs" / "train" / f"prepared-{change.partition('=')[0]}" / "2026-01-01_00-00-00"
+    run = fake_run(folder, home.tiny())
+    run.config.unlink()
+    before = traces(folder)
+    done = home.call(f"resume={folder}", change)
+    assert done.returncode == 1 and traces(folder) == before
+
+
 @pytest.mark.parametrize("kind", ["folders", *some_slow("files", "alone")])
 def test_a_copied_run_goes_on_and_is_found(home, whole: Path, kind: str) -> None:
     """Copies make folders of the links `last` and `best` (scp -r), or files with a name in them (no links there)."""
@@ -492,10 +544,26 @@ def test_saved_overrides_come_back_and_those_given_now_win(tmp_path: Path) -> No
     arguments = rewrite(["--cfg", "job", f"resume={run.path}", "seed=5"], conf())
     assert arguments[:2] == ["--cfg", "job"]
     assert [key_of(text) for text in arguments[2:]] == [
-        "trm.depth", "trainer.fast", "seed", "trainer.precision", "resume", "hydra.run.dir", "hydra.output_subdir"
+        "trm.depth", "trainer.fast", "seed", "trainer.precision", "resume", "hydra.run.dir"
     ]  # fmt: skip
     assert "seed=5" in arguments and "trainer.precision=bf16-mixed" in arguments
     assert f"hydra.run.dir='{run.path}'" in arguments
+
+
+def test_paths_of_teachers_lead_from_where_the_run_began_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = tmp_path / "began"
+    (began / "teacher" / "checkpoints").mkdir(parents=True)
+    (began / "model").mkdir()
+    models = ["teachers.x.backend.model=model", "teachers.y.backend.model=gpt2"]
+    keys = ["teachers.elara.backend.checkpoint=teacher", *models, "init_from=model"]  # no checkpoint: the name of a run
+    run = fake_run(tmp_path / "r", keys)
+    run.hydra.write_text(f"hydra: {{runtime: {{cwd: '{began}'}}}}\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    arguments = rewrite([f"resume={run.path}"], conf())
+    assert arguments[:4] == [
+        f"teachers.elara.backend.checkpoint='{began / 'teacher'}'", f"teachers.x.backend.model='{began / 'model'}'",
+        "teachers.y.backend.model=gpt2", "init_from=model",
+    ]  # fmt: skip
 
 
 def test_a_folder_with_odd_signs_in_its_name_is_quoted(tmp_path: Path) -> None:

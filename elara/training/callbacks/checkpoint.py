@@ -16,7 +16,7 @@ from torch import Tensor
 from elara import checkpoint
 from elara.data.batches import Batch
 from elara.data.identity import identity
-from elara.errors import ElaraError
+from elara.errors import ElaraError, NotFinite
 from elara.runs import Run, step_of
 from elara.training.callbacks.agreement import Agreement
 
@@ -76,6 +76,12 @@ class Checkpoint(Callback):
         checkpoint.write_json(folder / checkpoint.META, {**meta, "validation_due": False, "metrics": figures})
         self._choose_best()
         self._prune()
+
+    def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
+        """Mark the checkpoint whose validation gave no numbers, so that no run goes on from it."""
+        folder = self.run.path / "checkpoints" / f"step-{module.step}"
+        if isinstance(exception, NotFinite) and trainer.validating and trainer.is_global_zero and folder.is_dir():
+            checkpoint.write_json(folder / checkpoint.META, {**checkpoint.read_meta(folder), "finite": False})
 
     def save(self, trainer: Trainer, module: Any, *, validation_due: bool = False) -> None:
         """Write checkpoints/step-N and point `last` to it. Every rank calls this; the first one writes.

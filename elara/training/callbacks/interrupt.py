@@ -43,7 +43,7 @@ class Interrupt(Callback):
         self._asked = True
         if global_rank() == 0:
             with contextlib.suppress(OSError):  # the terminal may be what has gone
-                os.write(2, b"\nstopping behind this step (once more: at once)\n")  # print is not safe in a handler
+                os.write(2, b"\nstopping after this step (once more: at once)\n")  # print is not safe in a handler
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not module.step_ends(batch_idx) or not self._any_rank(trainer, self._asked):

@@ -57,8 +57,9 @@ class Summary(Callback):
         self._trained = True
 
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
-        if self._trained:  # else its time was up before it began, and what it wrote the last time holds
-            self._write(trainer, module, finished=is_finished(trainer, module.step))
+        finished = is_finished(trainer, module.step)
+        if self._trained or finished:  # else its time was up before it began: what it wrote the last time holds
+            self._write(trainer, module, finished=finished)
 
     def _wall(self) -> float:
         return self._before + time.monotonic() - self._began
