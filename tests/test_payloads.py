@@ -62,6 +62,7 @@ class Case:
     home: Path
     folder: Path
     commands: dict[str, Command]  # the function behind each, and its arguments
+    only: str = "*"  # files that are spoiled, where others are another case's
 
     def copy(self, place: Path) -> Case:
         """The same elsewhere; what the commands are told moves along."""
@@ -70,19 +71,21 @@ class Case:
             name: (main, [text.replace(str(self.home), str(place)) for text in arguments])
             for name, (main, arguments) in self.commands.items()
         }
-        return Case(place, place / self.folder.relative_to(self.home), moved)
+        return Case(place, place / self.folder.relative_to(self.home), moved, self.only)
 
     def files(self) -> list[Path]:
         """Those that a command may read, relative to the folder: no lock, no link to another one, nothing of the run's
         checkpoints, which are a case of their own."""
-        found = [file for file in sorted(self.folder.rglob("*")) if file.is_file() and file.name != ".lock"]
+        found = [file for file in sorted(self.folder.rglob(self.only)) if file.is_file() and file.name != ".lock"]
         links = {file for file in found if any(part.is_symlink() for part in (file, *file.parents))}
         own = [file.relative_to(self.folder) for file in found if file not in links and file.suffix != ".png"]
         return [file for file in own if file.parts[0] != "checkpoints"]
 
 
 def run_folder(run: Case, place: Path) -> Case:
-    return run
+    """Without its checkpoints, all that `sample` reads."""
+    read = {name: run.commands[name] for name in ("evaluate", "export", "resume", "report")}
+    return Case(run.home, run.folder, read)
 
 
 def checkpoint_folder(run: Case, place: Path) -> Case:
@@ -133,7 +136,6 @@ def prepared(run: Case, place: Path) -> Case:
         "data": (prepare.main, ["data=text", f"data.path={text}"]),
         "train": (train.main, train_on),
         "resume": case.commands["resume"],
-        "evaluate": case.commands["evaluate"],
         "export": (export.main, [f"checkpoint={case.folder}", "format=compact", "quantize=F32",
                                  f"output={case.home}/exported", "verify_tokens=40"]),
     })  # fmt: skip
@@ -154,14 +156,14 @@ def pickled_teacher(run: Case, place: Path) -> Case:
     weights = case.folder / "model.safetensors"
     torch.save(load_file(weights), case.folder / "pytorch_model.bin")
     weights.unlink()
-    return Case(case.home, case.folder, {"collect": case.commands["collect"]})
+    return Case(case.home, case.folder, case.commands, only="*.bin")
 
 
 def asking(model: Path, text: Path) -> dict[str, Command]:
     """What reads a model of transformers."""
     which = ["teacher=[transformers]", f"teachers.transformers.backend.model={model}",
              "teachers.transformers.backend.dtype=float32", "teachers.transformers.backend.device=cpu"]  # fmt: skip
-    few = ["prompts.path=asked.txt", "prompts.limit=1", "sampling.max_new_tokens=2", "sampling.temperature=0"]
+    few = ["prompts.path=asked.txt", "prompts.limit=1", "sampling.max_new_tokens=8"]
     return {
         "collect": (collect.main, [*which, *few, "name=bees"]),
         "train": (train.main, [*TRAIN, f"data.path={text}", "tokenizer=byte", "distill.opinions=live",
@@ -241,7 +243,7 @@ def text_for(home: Path) -> Path:
     if not file.exists():
         file.write_text("the queen bee flew over the honey and found a flower.\n" * 200, "utf-8")
     home.mkdir(exist_ok=True)
-    (home / "asked.txt").write_text("the bee\n", "utf-8")
+    (home / "asked.txt").write_text("the queen bee flew\n", "utf-8")
     return file
 
 
