@@ -36,6 +36,9 @@ def saved_by_torch(marker: Path) -> bytes:
     return out.getvalue()
 
 
+NUMBERS = ("train.bin", "val.bin", "train.ends", "val.ends", "ids", "logprobs", "following")  # nothing of torch's
+
+
 def program(marker: Path) -> str:
     """A Python file that hurts whoever imports it; `PROGRAM` names its classes."""
     return f"import os\nos.system(\"touch '{marker}'\")\nConfig = Model = Tokenizer = dict\n"
@@ -79,7 +82,7 @@ def spoiled(name: str, content: bytes, marker: Path) -> dict[str, bytes]:
         made["a template"] = template.encode() + content
     elif suffix == ".gguf":
         made |= {"a template": _gguf(content, template, lists=False), "a script": _gguf(content, SCRIPT, lists=True)}
-    elif suffix not in (".ends", ".weights"):  # numbers alone
+    elif name not in NUMBERS:
         made["a pickle of torch's"] = saved_by_torch(marker)
     return made
 

@@ -374,10 +374,12 @@ def test_no_payload_in_a_run_runs(cases: Callable[[str], Case], tmp_path: Path, 
         ("checkpoint", "trainer.ckpt", "a pickle of torch's", "resume"),
         ("run", ".hydra/overrides.yaml", "overrides", "resume"),
         ("run", "config.yaml", "references", "evaluate"),
+        ("run", "config.yaml", "a pickle", "report"),
+        ("run", "metrics.csv", "a pickle", "report"),
         ("run", "summary.json", "a script", "report"),
         ("run", "samples.txt", "a script", "report"),
     ):
-        case = cases(kind).copy(tmp_path / f"{kind}-{Path(file).name}")
+        case = cases(kind).copy(tmp_path / f"{command}-{Path(file).name}")
         put(case, Path(file), spoiled(file, (case.folder / file).read_bytes(), marker)[what])
         main, arguments = case.commands[command]
         code, _, errors = in_process(main, case.home, *arguments)
