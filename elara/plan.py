@@ -45,6 +45,6 @@ def read_plan(folder: Path) -> Plan:
         task, hydra = ([str(text) for text in overrides[part]] for part in ("task", "hydra"))
         parsed = OverridesParser.create().parse_overrides(task)
         (jobs,) = BasicSweeper.split_arguments(parsed, None)
-    except (OSError, yaml.YAMLError, TypeError, KeyError, HydraException) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, HydraException) as error:
         raise ElaraError(f"{folder} is not a sweep folder: {MULTIRUN} cannot be read") from error
     return Plan([list(job) for job in jobs], [o.key_or_group for o in parsed if o.is_sweep_override()], task, hydra)

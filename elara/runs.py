@@ -73,9 +73,10 @@ class Run:
     def read_overrides(self) -> list[str]:
         """The command line's overrides; [] where Hydra saved none."""
         try:
-            return [str(text) for text in yaml.safe_load(self.overrides.read_text("utf-8")) or []]
-        except (OSError, yaml.YAMLError):
+            found = yaml.safe_load(self.overrides.read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
             return []
+        return [str(text) for text in found] if isinstance(found, list) else []
 
     @property
     def metrics(self) -> Path:

@@ -68,6 +68,7 @@ def test_what_asks_for_nothing_else_is_no_error(home):
     assert "note: " not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_brings_what_it_has(home):
     """It was begun when that was no error; what is given now is."""
     fast = [text for text in home.tiny("name=older") if not text.startswith("callbacks.")]

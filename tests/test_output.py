@@ -71,6 +71,7 @@ def test_no_standard_output_at_all_is_none_to_write_to(monkeypatch: pytest.Monke
     sys.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_run_ends_well_when_nobody_reads_its_output(
     home, unread: TextIOWrapper, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,7 @@ def check_identity(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[st
             tokens = f"{old[split]['tokens']:,} tokens then, {new[split]['tokens']:,} now"
             raise _changed(f"the {name} text of this run has changed: {new['place']}{moved} ({tokens})")
         for key, value in old["order"].items():
-            if value != new["order"][key]:
+            if value != new["order"].get(key, value):
                 raise _changed(
                     f"{key} orders the text that this run reads, and was {value} instead of {new['order'][key]}"
                 )

@@ -43,13 +43,13 @@ class OpinionFile:
         self.folder = folder
         try:
             self.about: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            n, k, ids = self.about["tokens"], self.about["k"], np.dtype(self.about["ids"])
-            if ids.kind != "u":
-                raise ValueError(f"ids are of {ids}")
-            self._ids = _map(folder / "ids", ids, (n, k))
+            n, k, ids = self.about["tokens"], self.about["k"], self.about["ids"]
+            if ids not in ("<u2", "<u4"):  # of objects, bytes would be taken for places in memory
+                raise ValueError("its ids are of no type that ids have")
+            self._ids = _map(folder / "ids", np.dtype(ids), (n, k))
             self._logprobs = _map(folder / "logprobs", np.dtype("<f2"), (n, k + 1))
             self._following = _map(folder / "following", np.dtype("<f2"), (n,))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ElaraError(f"what a teacher said in {folder} cannot be read ({error}): delete it") from error
 
     def __reduce__(self) -> tuple[Any, ...]:

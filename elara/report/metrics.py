@@ -22,8 +22,8 @@ def read_metrics(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
     """
     try:
         text = path.read_text("utf-8")
-    except OSError as error:
-        raise ElaraError(f"no metrics at {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise ElaraError(f"no metrics at {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from error
     reader = csv.reader(text[: text.rfind("\n") + 1].splitlines())
     names = next(reader, [])
     rows = [row for row in reader if len(row) == len(names)]

@@ -160,7 +160,7 @@ def _configuration(outcome: Outcome) -> str:
 def _configured(run: Run) -> dict[str, Any]:
     try:
         found = yaml.safe_load(run.config.read_text("utf-8"))
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 

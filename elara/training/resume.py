@@ -91,17 +91,19 @@ def _search_path(arguments: list[str]) -> list[str]:
 
 def _saved_overrides(run: Run) -> list[str]:
     try:
-        saved = yaml.safe_load(run.overrides.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        saved = yaml.safe_load(run.overrides.read_text("utf-8")) or []
+        if not isinstance(saved, list):
+            raise ValueError("no list")
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ElaraError(f"resume={run.path} is not a run folder: {run.overrides} cannot be read") from error
-    return [str(text) for text in saved or []]
+    return [str(text) for text in saved]
 
 
 def _began_in(run: Run) -> Path | None:
     """The folder in which a run was begun, or last gone on with; None where its record does not say."""
     try:
         return Path(yaml.safe_load(run.hydra.read_text("utf-8"))["hydra"]["runtime"]["cwd"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return None
 
 
@@ -139,7 +141,7 @@ def _saved_precision(run: Run) -> list[str]:
     """What `auto` meant when the run began: another machine must not change the numbers behind its back."""
     try:
         config = yaml.safe_load(run.config.read_text("utf-8"))
-    except (OSError, yaml.YAMLError):
+        precision = (config or {}).get("trainer", {}).get("precision")
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
         return []  # killed before the configuration was written: nothing was computed yet
-    precision = (config or {}).get("trainer", {}).get("precision")
     return [f"trainer.precision={precision}"] if re.fullmatch(r"[\w-]+", str(precision or "")) else []

@@ -13,10 +13,12 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import lightning
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from elara import addresses, checkpoint
@@ -324,7 +326,8 @@ def same_optimizer(config: DictConfig, here: Run) -> None:
     """Raise ElaraError when a run would go on with another optimizer, which cannot use the state of the first."""
     if not here.config.exists():
         return
-    before = OmegaConf.select(OmegaConf.load(here.config), "optimizer._target_")
+    optimizer = saved_settings(here).get("optimizer")
+    before = optimizer.get("_target_") if isinstance(optimizer, dict) else None
     if before != config.optimizer._target_:
         names = [str(target).rpartition(".")[2] for target in (before, config.optimizer._target_)]
         raise ElaraError(
@@ -346,7 +349,7 @@ def same_text(path: Path, meta: Mapping[str, Any], data: ElaraData) -> None:
 def read_before(meta: Mapping[str, Any], parts: Parts) -> list[Consumed]:
     """How far each corpus had been read when a checkpoint was saved."""
     if "read" in meta:
-        read = [Consumed(**part) for part in meta["read"]]
+        read = [Consumed(part["epoch"], part["windows"]) for part in meta["read"]]
         return [*read, *[NOTHING] * len(parts.data.corpora)][: len(parts.data.corpora)]
     # from before: one number for all epochs, right as long as batches had one size
     parts.data.trainer = parts.trainer
@@ -383,11 +386,23 @@ def fit(parts: Parts, start: Start) -> None:
     trainer.fit(module, datamodule=data, ckpt_path=start.trainer_state, weights_only=True)
 
 
+def saved_settings(here: Run) -> dict[str, Any]:
+    """A run's config.yaml, references as they stand there; raises ElaraError when it cannot be read."""
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(here.config))
+        if not isinstance(found, dict):
+            raise ValueError("no settings")
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        advice = "put it back as it was, or begin a new run with init_from"
+        raise ElaraError(f"{here.config} cannot be read: {advice}") from error
+    return found
+
+
 def note_changes(here: Run, settings: Mapping[str, Any]) -> None:
     """Say which settings of a resumed run are not what they were."""
     if not here.config.exists():
         return
-    before = flat(addresses.bare_values(OmegaConf.to_container(OmegaConf.load(here.config))))
+    before = flat(addresses.bare_values(saved_settings(here)))
     now = flat(settings)
     for key in sorted(before.keys() | now.keys()):
         if key != "resume" and before.get(key) != now.get(key):

@@ -122,6 +122,7 @@ class Broken(Monitor):
         raise OSError("no server")
 
 
+@pytest.mark.slow
 def test_no_report_fails_a_run(home) -> None:
     options = ["+logger.broken._target_=tests.training.test_callbacks.Broken", "trainer.max_steps=8"]
     done = home.call(*home.tiny("name=unshown", *options))

@@ -70,6 +70,7 @@ def test_a_run_that_a_callback_ends_is_saved_at_a_whole_step_and_goes_on_exactly
     assert train[0] == train[1]
 
 
+@pytest.mark.slow
 def test_a_run_whose_time_is_up_is_not_finished_and_takes_more_time(home) -> None:
     endless = tiny(home, "name=timed", "trainer.max_steps=100000", "trainer.val_check_interval=100000")
     done = home.call(*endless, "+trainer.max_time={seconds: 1}")

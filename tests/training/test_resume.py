@@ -81,6 +81,7 @@ def test_two_processes_resume_exactly_too(home) -> None:
     same_run(home, run, home.only_run("ddp"))
 
 
+@pytest.mark.slow
 def test_saving_by_the_clock_changes_nothing_and_what_it_saved_goes_on_exactly(home, whole: Path) -> None:
     often = ["callbacks.checkpoint.every_minutes=1e-4", "callbacks.checkpoint.keep=30"]
     done = home.call(*home.tiny("name=by-the-clock", ACCUMULATE, *often))
@@ -285,6 +286,7 @@ def test_another_optimizer_is_refused_with_what_to_do(home, whole: Path) -> None
     assert "this run has optimizer=muon, whose state adamw cannot go on with" in done.stderr
 
 
+@pytest.mark.slow
 def test_batches_of_another_size_go_on_where_the_text_was(home, whole: Path) -> None:
     """Twice, as the second change once counted the steps of before in its own size."""
     run = begun(home, whole, "sizes", 16)

@@ -76,7 +76,7 @@ class Samples(Callback):
 
 def write_samples(path: Path, step: int, texts: list[str]) -> None:
     """Append the texts of one step; blocks of this step or later ones, left from before a resume, are dropped."""
-    before = path.read_text("utf-8") if path.exists() else ""
+    before = path.read_text("utf-8", errors="replace") if path.exists() else ""
     for match in re.finditer(r"^==== step (\d+) ====$", before, re.MULTILINE):
         if int(match[1]) >= step:
             before = before[: match.start()]
@@ -89,5 +89,5 @@ def last_sample(path: Path) -> str:
     """The first text of the newest block in samples.txt, or "" when there is none."""
     if not path.exists():
         return ""
-    block = re.split(r"^==== step \d+ ====\n", path.read_text("utf-8"), flags=re.MULTILINE)[-1]
+    block = re.split(r"^==== step \d+ ====\n", path.read_text("utf-8", errors="replace"), flags=re.MULTILINE)[-1]
     return block.split("\n----\n")[0].rstrip()

@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from elara.errors import ElaraError
+
 
 class CSV(Logger):
     """One metrics.csv with one row per step, complete on disk after every call.
@@ -71,11 +73,14 @@ class CSV(Logger):
         self._rewrite(earlier)
 
     def _read(self) -> tuple[list[dict[str, str]], list[str]]:
-        with open(self.path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            # a killed process can leave half a last row
-            rows = [row for row in reader if row["step"].isdigit() and None not in row and None not in row.values()]
-            return rows, list(reader.fieldnames or [])
+        try:
+            with open(self.path, encoding="utf-8", newline="") as file:
+                reader = csv.DictReader(file)
+                # a killed process can leave half a last row
+                rows = [row for row in reader if row["step"].isdigit() and None not in row and None not in row.values()]
+                return rows, list(reader.fieldnames or [])
+        except (ValueError, KeyError, csv.Error) as error:
+            raise ElaraError(f"{self.path} is no table of a run's figures: delete it, and the run goes on") from error
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         """Write header and `rows` anew; the current row comes behind them."""
