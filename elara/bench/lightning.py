@@ -29,7 +29,8 @@ from elara.bench.measure import Figure, figure
 from elara.data.batches import Batch
 from elara.errors import ElaraError
 from elara.training.module import ElaraModule
-from elara.training.run import Parts, build, hush, resolved
+from elara.training.parts import Parts
+from elara.training.run import build, hush, resolved
 
 CHUNK = 10  # steps; one row of the log falls into each of the Lightning run's
 WARM_UP = 2  # chunks that do not count
