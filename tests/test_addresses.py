@@ -63,7 +63,7 @@ def test_a_run_uses_the_credentials_of_its_data_and_keeps_none(home: Home, serve
     own = Home(tmp_path, home.text)
     options = [text for text in home.tiny("name=keeps", "trainer.max_steps=1") if not text.startswith("data.path")]
     url = f"http://{USER}:{PASSWORD}@{server}?token={TOKEN}"
-    done = own.call(*options, "data=shakespeare_char", f'data.url="{url}"', f'data.replay.url="{url}"', "logger=csv")
+    done = own.call(*options, "data=shakespeare_char", f'data.url="{url}"', "logger=csv")
     assert done.returncode == 0, done.stderr
     run = own.only_run("keeps")
     assert not holding(tmp_path, PASSWORD, TOKEN)

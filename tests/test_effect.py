@@ -85,6 +85,7 @@ def test_a_run_that_goes_on_brings_what_it_has(home):
     refused(done.stderr, "distill.top_k=8", "teacher=[smollm2]")
 
 
+@pytest.mark.slow
 def test_a_sweep_refuses_what_no_job_reads(home):
     done = home.run("-m", "name=idle-sweep", "seed=1,2", PATH)
     assert done.returncode == 1

@@ -84,6 +84,7 @@ def test_a_run_ends_well_when_nobody_reads_its_output(
     assert run.finished and run.read_summary()["steps"] == 8 and run.last.exists()
 
 
+@pytest.mark.slow
 def test_writing_text_ends_when_nobody_reads_it(
     home, unread: TextIOWrapper, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,6 +156,7 @@ def from_elsewhere(run: Path, place: Path, *more: str) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_resumed_folder_runs_nothing_that_it_brings_along(home, stopped: Path, tmp_path: Path) -> None:
     marker, pickle = tmp_path / "marker", tmp_path / "state.pt"
     pickle.write_bytes(saved_by_torch(marker))

@@ -112,6 +112,7 @@ def test_however_short_a_run_is(home, what, value, others):
     one_line(done, "at step 1")
 
 
+@pytest.mark.slow
 def test_resuming_passes_by_a_checkpoint_that_is_not_finite(home):
     assert home.call(*short(home, "name=passes")).returncode == 0
     run = Run(home.only_run("passes"))

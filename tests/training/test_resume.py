@@ -154,6 +154,7 @@ def test_a_run_killed_in_its_last_validation_is_finished_when_it_has_made_up_for
     assert done.returncode == 1 and "every run called 'last-validation' is finished" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_validation_gave_no_numbers_is_passed_by(home, whole: Path) -> None:
     run = Run(copy_as_killed(whole, "no-numbers", step=24))
     checkpoint.write_json(run.last / "meta.json", {**checkpoint.read_meta(run.last), "finite": False})
@@ -317,6 +318,7 @@ def texts(home, name: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_text_that_changed_is_refused_unless_accepted(home) -> None:
     file = texts(home, "grow") / "own.txt"
     short = ["trainer.max_steps=2", f"data.path={file}"]
