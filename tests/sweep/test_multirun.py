@@ -117,7 +117,7 @@ def test_a_failing_job_is_reported_and_the_others_go_on_in_one_tree(home) -> Non
 @pytest.mark.slow
 def test_a_killed_sweep_leaves_no_process_and_goes_on_with_what_is_missing(home) -> None:
     options = home.tiny("name=killed-sweep", "~callbacks.samples", "~callbacks.acceptance", "trainer=ddp_cpu")
-    process = home.start("-m", *options, "seed=1,2,3", "trainer.max_steps=30")
+    process = home.start("-m", *options, "seed=1,2,3", "trainer.max_steps=60")
     second = home.path / "outputs" / "sweeps" / "killed-sweep"
     deadline = time.monotonic() + 200
     while not list(second.glob("*/1/checkpoints/step-16")) and time.monotonic() < deadline:
@@ -138,7 +138,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_with_what_is_missing(home)
     assert states(folder, 3) == [True, True, True]
     assert Run(folder / "0").summary.stat().st_mtime_ns == before
     steps = [int(row["step"]) for row in home.rows(folder / "1")]
-    assert steps == list(range(1, 31))
+    assert steps == list(range(1, 61))
 
 
 @pytest.mark.slow
