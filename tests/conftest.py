@@ -140,6 +140,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+def traces(run: Path) -> dict[str, bytes]:
+    """All files of a run but its lock."""
+    files = [file for file in run.rglob("*") if file.is_file() and file.name != ".lock"]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
 def make_text(characters: int, seed: int = 0) -> str:
     """Words with a little structure, so that there is something to learn."""
     generator = random.Random(seed)

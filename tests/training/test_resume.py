@@ -25,6 +25,7 @@ from elara.runs import Run, find_checkpoint
 from elara.training.callbacks import Throughput
 from elara.training.resume import rewrite
 from elara.training.schedules import wsd
+from tests.conftest import traces
 
 ACCUMULATE = "trainer.accumulate_grad_batches=2"
 UNSEEN = ["trainer.val_check_interval=1000", "~callbacks.plots"]
@@ -390,12 +391,6 @@ def test_relative_paths_lead_from_where_the_run_began(home) -> None:
         done = home.call(f"resume={run.path}", f"trainer.max_steps={steps}")
         assert done.returncode == 0, done.stderr
         assert "data.path was" not in done.stdout
-
-
-def traces(run: Path) -> dict[str, bytes]:
-    """All files of a run but its lock."""
-    files = [file for file in run.rglob("*") if file.is_file() and file.name != ".lock"]
-    return {str(file.relative_to(run)): file.read_bytes() for file in files}
 
 
 REFUSED = [

@@ -33,7 +33,7 @@ from elara.data.batches import Batch, epoch_offset, permutation
 from elara.errors import EXIT_SAVED
 from elara.runs import Run
 from elara.training.schedules import wsd
-from tests.conftest import TINY, Home, make_text
+from tests.conftest import TINY, Home, make_text, traces
 
 SEQ = 32
 QUIET = [f"~callbacks.{name}" for name in ("samples", "acceptance", "plots", "monitoring", "throughput")]
@@ -176,11 +176,6 @@ class Life:
         return checkpoint.read_meta(Run(self.folder).last)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    found = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
-
-
 def live(life: Life, chance: random.Random) -> None:
     """A random way to the last step."""
     for _ in range(chance.randint(2, 4)):
@@ -193,9 +188,9 @@ def live(life: Life, chance: random.Random) -> None:
         assert life.folder is not None
 
         if chance.random() < 0.3 and life.saved():
-            before = files(life.folder)
+            before = traces(life.folder)
             assert life.process(chance.choice(MAY_NOT)) == 1, life.output
-            assert files(life.folder) == before, "a refused command leaves no trace"
+            assert traces(life.folder) == before, "a refused command leaves no trace"
         if chance.random() < 0.3:
             links = chance.random() < 0.5
             copy = life.folder.parent.parent / f"{life.folder.parent.name}-copy" / life.folder.name
