@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from elara.errors import ElaraError
 from elara.ranges import check_ranges
@@ -114,7 +115,7 @@ class ElaraConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ElaraConfig:
-        """Inverse of `to_dict`; an unknown or missing group or key is an ElaraError that names it."""
+        """Inverse of `to_dict`; raises ElaraError for the first group, key or kind of value that it does not know."""
         parts = {}
         for part in fields(cls):
             kind: Any = part.default_factory
@@ -125,8 +126,23 @@ class ElaraConfig:
             if unknown := sorted(set(given) - known):
                 choices = ", ".join(sorted(known))
                 raise ElaraError(f"model config: unknown key '{part.name}.{unknown[0]}'; known: {choices}")
+            for name, hint in get_type_hints(kind).items():
+                if name in given and not _fits(given[name], hint):
+                    wanted = getattr(hint, "__name__", str(hint))
+                    raise ElaraError(f"model config: {part.name}.{name}={given[name]!r} must be of kind {wanted}")
             parts[part.name] = kind(**given)
         return cls(**parts)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of the kind that a field is declared with."""
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
 
 
 def _check(config: ElaraConfig) -> None:

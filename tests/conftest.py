@@ -8,7 +8,6 @@ import io
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,8 @@ from elara import train
 from elara.backends.smollm2 import SmolLM2
 from elara.errors import ElaraError
 from elara.export.llama_cpp import Library, find_library
+from tests import forks
+from tests.forks import Done
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTERPARTS = ROOT / ".counterparts"  # made by `make counterparts`
@@ -38,36 +39,17 @@ TIMED = ("train/tokens_per_second", "train/seconds_per_step")
 
 
 @dataclass
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@dataclass
 class Home:
     """A folder for data and outputs, with a text to train on."""
 
     path: Path
     text: Path
 
-    def command(self, *overrides: str, module: str = "elara.train") -> list[str]:
-        return [sys.executable, "-m", module, *overrides]
+    def start(self, *overrides: str, module: str = "elara.train", **variables: str) -> forks.Forked:
+        return forks.start(module, *overrides, cwd=self.path, env={**self.env(), **variables})
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*overrides), cwd=self.path, env=self.env(), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    def run(self, *overrides: str, module: str = "elara.train") -> Done:
-        done = subprocess.run(
-            self.command(*overrides, module=module), cwd=self.path, env=self.env(), text=True, capture_output=True,
-            check=False, timeout=300,
-        )  # fmt: skip
-        return Done(done.returncode, done.stdout, done.stderr)
+    def run(self, *overrides: str, module: str = "elara.train", **variables: str) -> Done:
+        return forks.run(module, *overrides, cwd=self.path, env={**self.env(), **variables})
 
     def call(self, *overrides: str) -> Done:
         """The same inside this process: much faster, as torch is imported already."""
@@ -91,8 +73,10 @@ class Home:
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         return {**inherited, "PYTHONPATH": paths, "ELARA_HOME": str(self.path), "OMP_NUM_THREADS": "1"}
 
-    def tiny(self, *overrides: str) -> list[str]:
-        return [*TINY, f"data.path={self.text}", *overrides]
+    def tiny(self, *overrides: str, plots: bool = False) -> list[str]:
+        """Overrides of a short training. plots: with pictures at its end, which take longer than all the rest."""
+        undrawn = [] if plots or "callbacks=none" in overrides else ["~callbacks.plots"]
+        return [*TINY, f"data.path={self.text}", *undrawn, *overrides]
 
     @staticmethod
     def rows(run: Path) -> list[dict[str, str]]:
@@ -113,7 +97,7 @@ class Home:
         process.wait()
         return run
 
-    def wait_for(self, process: subprocess.Popen[str], step: int, name: str) -> Path:
+    def wait_for(self, process: forks.Forked, step: int, name: str) -> Path:
         """Wait until the run's metrics.csv has a row of `step` or later; returns its folder."""
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and process.poll() is None:

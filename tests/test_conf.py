@@ -3,8 +3,6 @@
 import itertools
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,6 +27,7 @@ from elara.size import size_report
 from elara.tokenizer import TokenizerConfig
 from elara.training.config import register
 from elara.training.smoke import smoke_check
+from tests import forks
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -67,10 +66,8 @@ def architecture(config: DictConfig) -> ElaraConfig:
     return built
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+def run(*arguments: str, cwd: Path = ROOT) -> forks.Done:
+    return forks.run(*arguments, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"})
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

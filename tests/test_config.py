@@ -80,3 +80,18 @@ def test_reading_names_what_is_wrong():
     del data["model"]
     with pytest.raises(ElaraError, match="group 'model' is missing"):
         ElaraConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "kind"),
+    [
+        ("model", "n_layer", "2", "int"), ("model", "n_layer", True, "int"), ("model", "bias", 1, "bool"),
+        ("model", "vocab_size", 5.5, r"int \| None"), ("model", "dropout", "0.1", "float"), ("trm", "order", 3, "str"),
+        ("trm", "sample_depth", [1, "2"], r"list\[int\] \| None"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_named(group: str, key: str, value: object, kind: str) -> None:
+    data = ElaraConfig().to_dict()
+    data[group][key] = value
+    with pytest.raises(ElaraError, match=rf"{group}\.{key}=.* must be of kind {kind}$"):
+        ElaraConfig.from_dict(data)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from elara.evaluate import EvaluateConfig
 from elara.model import ElaraLM
 from elara.tokenizer.byte import ByteTokenizer
 from elara.tokenizer.char import CharTokenizer
+from tests import forks
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["eval.max_bytes=400", "eval.passage=100", "eval.prompts=2", "eval.prompt_tokens=8", "eval.new_tokens=8",
@@ -49,8 +48,7 @@ def home(tmp_path_factory):
 
 def run(home, *overrides):
     environment = {**os.environ, "ELARA_HOME": str(home), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "elara.evaluate", *overrides]
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    return forks.run("elara.evaluate", *overrides, cwd=home, env=environment)
 
 
 def test_two_checkpoints_are_compared_on_the_data_of_the_first(home):
@@ -96,8 +94,8 @@ def test_a_mistake_is_one_line(home, overrides, message):
 def test_fewer_bits_hardly_cost_a_trained_model(tmp_path):
     """From training to figures: within 0.02 nats of float32 in every precision, by paired difference."""
     environment = {**os.environ, "ELARA_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    train = [sys.executable, "-m", "elara.train", "experiment=elara_char", "trainer.max_steps=200", "trainer=cpu"]
-    done = subprocess.run(train, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    command = ["experiment=elara_char", "trainer.max_steps=200", "trainer=cpu"]
+    done = forks.run("elara.train", *command, cwd=tmp_path, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     wanted = ["eval.precisions=[bfloat16,int8,int4]", "eval.prompts=0", "device=cpu"]
     done = run(tmp_path, "checkpoint=elara_char", *wanted)

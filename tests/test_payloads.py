@@ -330,7 +330,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 def trained(place: Path) -> Case:
     home = Home(place, text_for(place))
     told = ["name=bees", "trainer.max_steps=2", "trainer.val_check_interval=2"]
-    done = home.call(*home.tiny(*told, "~callbacks.plots", "~callbacks.monitoring"))
+    done = home.call(*home.tiny(*told, "~callbacks.monitoring"))
     assert done.returncode == 0, done.stderr
     run = Run(home.only_run("bees"))
     few = [{key: row[key] for key in ("step", "train/loss", "val/loss")} for row in Home.rows(run.path)]

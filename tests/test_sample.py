@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from elara.errors import ElaraError
 from elara.model import ElaraLM
 from elara.sample import SampleConfig, sample
 from elara.tokenizer.char import CharTokenizer
+from tests import forks
 
 ROOT = Path(__file__).parents[1]
 FIGURES = r"\n\n\[(\d+) tokens, [\d.]+ tokens/s, ([\d.]+) tokens per forward, mode (\w+)\]\n$"
@@ -48,8 +47,7 @@ def headless(tmp_path_factory):
 
 
 def run(*overrides):
-    command = [sys.executable, "-m", "elara.sample", *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return forks.run("elara.sample", *overrides)
 
 
 def test_the_command_writes_text_and_figures(saved):

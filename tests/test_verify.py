@@ -1,7 +1,6 @@
 """`python -m elara.verify` as a user runs it."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
+
 ROOT = Path(__file__).parent.parent
 
 
-def verify(*overrides: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "elara.verify", *overrides]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+def verify(*overrides: str) -> forks.Done:
+    return forks.run("elara.verify", *overrides)
 
 
 def counted(*overrides: str) -> dict:

@@ -56,7 +56,8 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
         run = found
     else:
         run = Run(Path(wanted).expanduser().resolve())
-    saved = [_from(_began_in(run), text) for text in _saved_overrides(run)]
+    began_in = _began_in(run)
+    saved = [_from(began_in, text) for text in _saved_overrides(run)]
     _refuse_finished(run, given)
     merged = [text for text in saved if key_of(text) not in given and key_of(text) not in NOT_INHERITED]
     if not trusted:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from elara.errors import ElaraError
 from elara.model import ElaraLM, convert
 from elara.model.moe import MoE
 from elara.training.config import register
+from tests import forks
 
 CPU = torch.device("cpu")
 SIZES = ModelConfig(n_layer=2, n_embd=64, n_head=2, hidden=128, expert_hidden=64, vocab_size=64, context_length=128)
@@ -143,10 +141,8 @@ def test_report(tmp_path):
     assert table(figures, CPU).row_count == 5
 
 
-def bench(*overrides: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "elara.bench", f"hydra.run.dir={folder}", "device=cpu", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+def bench(*overrides: str, folder: Path) -> forks.Done:
+    return forks.run("elara.bench", f"hydra.run.dir={folder}", "device=cpu", *overrides)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 
 from elara.collect.__main__ import main
+from tests import forks
 
 Reply = str | bytes | int  # an answer's text, bytes that are none, or the status of a refusal
 
@@ -160,13 +159,9 @@ class Collector:
         (self.home / name).write_text("".join(f"{prompt}\n" for prompt in prompts), "utf-8")
         return f"prompts.path={name}"
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
+    def start(self, *overrides: str) -> forks.Forked:
         """The same as a process."""
-        command = [sys.executable, "-m", "elara.collect", *self._own, *overrides]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, cwd=self.home, env=environment(self.home), text=True, stdout=pipe, stderr=pipe
-        )
+        return forks.start("elara.collect", *self._own, *overrides, cwd=self.home, env=environment(self.home))
 
     def rows(self, file: str = "answers.jsonl", name: str = "teachers") -> list[dict[str, Any]]:
         lines = (self.home / "data" / "collected" / name / file).read_text("utf-8").splitlines()

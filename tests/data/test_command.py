@@ -2,19 +2,16 @@
 
 import os
 import shlex
-import subprocess
-import sys
 
 import pytest
 
 from elara.data.__main__ import main
+from tests import forks
 
 
 def command(root, *arguments):
     environment = {**os.environ, "ELARA_HOME": str(root), "PYTHONPATH": os.getcwd(), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "elara.data", *arguments], env=environment, capture_output=True, text=True
-    )
+    return forks.run("elara.data", *arguments, env=environment)
 
 
 def test_it_prints_documents_tokens_and_size(tmp_path):

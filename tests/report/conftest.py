@@ -14,7 +14,8 @@ import yaml
 from elara.runs import Run
 from elara.training.loggers import CSV
 from tests import conftest
-from tests.conftest import Done, Home
+from tests.conftest import Home
+from tests.forks import Done
 
 SHORT = {"trainer.max_steps": 6, "trainer.val_check_interval": 3, "model.dropout": 0}
 TINY = [text for text in conftest.TINY if text.partition("=")[0] not in SHORT]

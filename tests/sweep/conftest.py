@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,9 +16,10 @@ from elara.sweep.config import SearchConfig
 from elara.sweep.overrides import merged, value_text
 from elara.sweep.space import read_space
 from elara.sweep.study import SharedStudy
-from tests.conftest import TINY, Done, Home
+from tests.conftest import TINY, Home
+from tests.forks import Done, Forked
 
-TRIAL = [override for override in TINY if not override.startswith("callbacks.")]
+TRIAL = [*(override for override in TINY if not override.startswith("callbacks.")), "~callbacks.plots"]
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Searches:
     """Starts `python -m elara.sweep` in a home of its own, and knows what its trials left running."""
 
     home: Home
-    started: list[subprocess.Popen[str]] = field(default_factory=list)
+    started: list[Forked] = field(default_factory=list)
 
     def folder(self, study: str) -> Path:
         return self.home.path / "outputs" / "searches" / study
@@ -37,10 +36,7 @@ class Searches:
         """The search as a process whose stdout and stderr are pipes. trial: overrides of the trials."""
         path = text or str(self.home.text)
         command = [*options, f"study={study}", "--", *TRIAL, f"data.path={path}", *trial]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "elara.sweep", *command], cwd=self.home.path, env=self.home.env(), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        process = self.home.start(*command, module="elara.sweep")
         self.started.append(process)
         return process
 
@@ -75,7 +71,7 @@ class Searches:
                 found.append(int(entry.name))
         return found
 
-    def wait_for(self, study: str, pattern: str, process: subprocess.Popen[str]) -> None:
+    def wait_for(self, study: str, pattern: str, process: Forked) -> None:
         """Until a file of the study that matches is there, while the search runs."""
         deadline = time.monotonic() + 200
         while not list(self.folder(study).glob(pattern)):

@@ -29,7 +29,7 @@ from elara.training.loggers import Monitor
 def finished(session_home) -> tuple[Run, str]:
     """A run that validated four times, and what it printed."""
     often = ["trainer.max_steps=14", "trainer.val_check_interval=4", "callbacks.progress.every=0"]
-    done = session_home.call(*session_home.tiny("name=left", *often))
+    done = session_home.call(*session_home.tiny("name=left", *often, plots=True))
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return Run(session_home.only_run("left")), done.stdout
 
@@ -125,7 +125,7 @@ class Broken(Monitor):
 @pytest.mark.slow
 def test_no_report_fails_a_run(home) -> None:
     options = ["+logger.broken._target_=tests.training.test_callbacks.Broken", "trainer.max_steps=8"]
-    done = home.call(*home.tiny("name=unshown", *options))
+    done = home.call(*home.tiny("name=unshown", *options, plots=True))
     assert done.returncode == 0, done.stderr
     run = Run(home.only_run("unshown"))
     assert run.finished and "done: 8 steps" in done.stdout and done.stderr == ""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from elara import checkpoint
 from elara.errors import EXIT_SAVED, ElaraError
 from elara.runs import Run
 from tests.conftest import alive, descendants, make_text
+from tests.forks import Done
 
 pytestmark = pytest.mark.slow
 
@@ -40,9 +43,30 @@ SHAPES = {
 }
 
 
-def losses(home, name: str, *overrides: str) -> list[list[float]]:
+def together(home, *overrides: str) -> Done:
+    """Two ranks as the tasks of a SLURM step, which are forked both; what the first one said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    slurm = {
+        "SLURM_JOB_ID": port, "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "elara", "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    tasks = [home.start(*overrides, **slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+    try:
+        said = [task.communicate(timeout=200) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], said
+    return Done(0, *said[0])
+
+
+def losses(home, name: str, *overrides: str, ranks: int = 1) -> list[list[float]]:
     """Every loss and gradient norm of a finished run, by step."""
-    done = home.run(*home.tiny(f"name={name}", "model.dropout=0", *QUIET, *overrides))
+    options = home.tiny(f"name={name}", "model.dropout=0", *QUIET, *overrides)
+    done = home.call(*options) if ranks == 1 else together(home, *options)
     assert done.returncode == 0, done.stderr
     rows = home.rows(home.only_run(name))
     columns = [c for c in rows[0] if "loss" in c or c == "train/grad_norm" or c.endswith("/max_vio")]
@@ -62,8 +86,8 @@ def test_ranks_compute_what_one_process_does(home, shape: str) -> None:
     steps = "trainer.max_steps=30"
     one = losses(home, names[0], "data.batch_size=4", steps, *SHAPES[shape])
     assert len(one) == 30
-    assert agree(one, losses(home, names[1], *DDP, steps, *SHAPES[shape]))
-    assert agree(one, losses(home, names[2], *FSDP, steps, *SHAPES[shape]))
+    assert agree(one, losses(home, names[1], *DDP, steps, *SHAPES[shape], ranks=2))
+    assert agree(one, losses(home, names[2], *FSDP, steps, *SHAPES[shape], ranks=2))
     loaded = [checkpoint.load(Run(home.only_run(name)).last) for name in names]
     for other in loaded[1:]:  # the shards are read back whole
         for name, value in loaded[0].model.state_dict().items():
@@ -72,9 +96,9 @@ def test_ranks_compute_what_one_process_does(home, shape: str) -> None:
 
 def test_shards_sample_quantize_and_begin_new_runs(home) -> None:
     greedy = ["callbacks.samples.temperature=0", "model.dropout=0", "trainer.max_steps=16", "optimizer.lr=3e-3"]
-    for name, kind in (("sharded", FSDP), ("unsharded", ["data.batch_size=4"])):
-        done = home.run(*home.tiny(f"name={name}", *kind, "optimizer=adamw", *greedy))
-        assert done.returncode == 0, done.stderr
+    together(home, *home.tiny("name=sharded", *FSDP, "optimizer=adamw", *greedy))
+    done = home.call(*home.tiny("name=unsharded", "data.batch_size=4", "optimizer=adamw", *greedy))
+    assert done.returncode == 0, done.stderr
     run, one = Run(home.only_run("sharded")), Run(home.only_run("unsharded"))
     assert run.samples.read_text("utf-8") == one.samples.read_text("utf-8")
     drafts = [row["val/tokens_per_forward"] for row in home.rows(run.path)]
@@ -99,8 +123,7 @@ def test_shards_sample_quantize_and_begin_new_runs(home) -> None:
 @pytest.fixture(scope="module")
 def sharded_run(session_home) -> Path:
     """An uninterrupted sharded run of 24 steps, saved at 8, 16 and 24."""
-    done = session_home.run("name=sharded-whole", *session_home.tiny(*FSDP, *QUIET))
-    assert done.returncode == 0, done.stderr
+    together(session_home, "name=sharded-whole", *session_home.tiny(*FSDP, *QUIET))
     return session_home.only_run("sharded-whole")
 
 
@@ -136,7 +159,7 @@ def test_a_sharded_run_goes_on_with_a_sharded_trainer_only(home, sharded_run: Pa
 def test_a_killed_rank_ends_the_run_with_one_line_and_resume_is_exact(home, kind: str) -> None:
     optimizer = "optimizer=adamw" if kind == "fsdp" else "optimizer=muon"
     options = home.tiny(*(DDP if kind == "ddp" else FSDP), optimizer, "model.dropout=0.1")
-    assert home.run(f"name=whole-{kind}", *options).returncode == 0
+    together(home, f"name=whole-{kind}", *options)
     process = home.start(f"name=killed-{kind}", *options)
     run = home.wait_for(process, 13, f"killed-{kind}")
     ranks = descendants(process.pid)
@@ -167,8 +190,9 @@ def test_a_signal_lets_all_ranks_save_and_exit_so_that_a_scheduler_can_requeue(h
     assert process.returncode == EXIT_SAVED and not any(alive(rank) for rank in ranks)
     step = checkpoint.read_meta(run.last)["step"]
     assert errors.strip().splitlines()[-1].startswith(f"interrupted at step {step}, saved; go on with:")
-    done = home.run("resume=auto", f"name={name}", f"trainer.max_steps={step + 1}")
-    assert done.returncode == 0 and f"going on at step {step} in" in done.stdout
+    if number == signal.SIGTERM:
+        done = home.run("resume=auto", f"name={name}", f"trainer.max_steps={step + 1}")
+        assert done.returncode == 0 and f"going on at step {step} in" in done.stdout
 
 
 def test_ranks_save_and_end_when_the_process_that_started_them_is_killed(home) -> None:
@@ -198,8 +222,7 @@ def test_ranks_save_together_by_the_first_ones_clock_and_end_together_when_the_t
 
 def test_gradients_are_reduced_once_per_optimizer_step(home) -> None:
     profiled = ["profiler=torch", "profiler.wait=3", "profiler.steps=4", "trainer.accumulate_grad_batches=4"]
-    done = home.run("name=reduced", *home.tiny(*DDP, *QUIET, *profiled, "trainer.max_steps=8"))
-    assert done.returncode == 0, done.stderr
+    together(home, "name=reduced", *home.tiny(*DDP, *QUIET, *profiled, "trainer.max_steps=8"))
     with open(home.only_run("reduced") / "profile" / "table.csv", encoding="utf-8", newline="") as file:
         calls = [float(row["calls_per_step"]) for row in csv.DictReader(file) if row["operator"] == "c10d::allreduce_"]
     assert 2 <= sum(calls) < 4  # one bucket of gradients, the loads, and what is logged
@@ -227,23 +250,9 @@ def test_torchruns_ranks_share_one_folder_and_decide_how_many_there_are(home) ->
 
 
 def test_slurms_tasks_share_one_folder(home) -> None:
-    options = home.tiny("name=slurm", "trainer=ddp_cpu", "data.batch_size=2", "trainer.max_steps=4", *QUIET)
-    slurm = {
-        "SLURM_JOB_ID": "4242", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "elara", "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
-        "MASTER_ADDR": "127.0.0.1",
-    }  # fmt: skip
-    tasks = [
-        subprocess.Popen(
-            home.command(*options), cwd=home.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**home.env(), **slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [task.communicate(timeout=200) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], said
+    together(home, *home.tiny("name=slurm", "trainer=ddp_cpu", "data.batch_size=2", "trainer.max_steps=4", *QUIET))
     run = home.only_run("slurm")
-    assert run.name == "slurm-4242.0" and Run(run).read_summary()["world_size"] == 2
+    assert re.fullmatch(r"slurm-\d+\.0", run.name) and Run(run).read_summary()["world_size"] == 2
 
 
 def test_a_run_goes_on_in_the_text_on_another_number_of_processes(home) -> None:

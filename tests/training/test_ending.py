@@ -13,7 +13,7 @@ from lightning import Callback, Trainer
 from elara import checkpoint
 from elara.runs import Run
 
-SHORT = ["~callbacks.samples", "~callbacks.acceptance", "~callbacks.plots", "trainer.max_steps=9"]
+SHORT = ["~callbacks.samples", "~callbacks.acceptance", "trainer.max_steps=9"]
 ACCUMULATE = "trainer.accumulate_grad_batches=3"
 
 

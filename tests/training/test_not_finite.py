@@ -16,7 +16,7 @@ from lightning import Callback
 from elara import checkpoint
 from elara.runs import Run
 
-WITHOUT = [f"~callbacks.{name}" for name in ("plots", "samples", "acceptance", "monitoring")]  # what takes long
+WITHOUT = [f"~callbacks.{name}" for name in ("samples", "acceptance", "monitoring")]  # what takes long
 POISON = ["+callbacks.poison._target_=poison.Poison"]
 
 
@@ -107,8 +107,9 @@ def test_training_stops_and_the_last_good_checkpoint_stays(home, what, value, sa
 @pytest.mark.parametrize(("what", "value"), [("weights", "inf"), ("gradient", "1e30")])
 def test_however_short_a_run_is(home, what, value, others):
     name = f"short-{what}-{len(others)}"
-    tiny = [text for text in home.tiny(f"name={name}", "trainer.max_steps=1") if not text.startswith("callbacks.")]
-    done = home.call(*tiny, "trainer.log_every_n_steps=1000", *others, *poison(what, 0, value))
+    tiny = [text for text in home.tiny(f"name={name}", *others) if not text.startswith("callbacks.")]
+    short = ["trainer.max_steps=1", "trainer.log_every_n_steps=1000"]
+    done = home.call(*tiny, *short, *poison(what, 0, value))
     one_line(done, "at step 1")
 
 
@@ -138,8 +139,8 @@ def test_no_run_begins_from_weights_that_are_not_finite(home):
 @pytest.fixture(scope="module")
 def teachers(session_home):
     """Checkpoints of one run, sound and spoiled."""
-    assert session_home.call(*short(session_home, "name=teacher")).returncode == 0
-    sound = Run(session_home.only_run("teacher")).last.resolve()
+    assert session_home.call(*short(session_home, "name=sound_teacher")).returncode == 0
+    sound = Run(session_home.only_run("sound_teacher")).last.resolve()
     spoiled = session_home.path / "spoiled-teacher"
     shutil.copytree(sound, spoiled)
     spoil_checkpoint(spoiled)

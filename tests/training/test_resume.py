@@ -25,10 +25,10 @@ from elara.runs import Run, find_checkpoint
 from elara.training.callbacks import Throughput
 from elara.training.resume import rewrite
 from elara.training.schedules import wsd
+from tests import forks
 from tests.conftest import traces
 
 ACCUMULATE = "trainer.accumulate_grad_batches=2"
-UNSEEN = ["trainer.val_check_interval=1000", "~callbacks.plots"]
 
 
 def some_slow(*values: str) -> list[Any]:
@@ -384,7 +384,7 @@ def test_a_checkpoint_from_before_goes_on_by_its_number_of_windows(home, whole: 
 def test_relative_paths_lead_from_where_the_run_began(home) -> None:
     folder = texts(home, "began-here")
     command = [*home.tiny("name=relative", "trainer.max_steps=1"), "data.path=own.txt"]
-    began = subprocess.run(home.command(*command), cwd=folder, env=home.env(), capture_output=True, check=False)
+    began = forks.run("elara.train", *command, cwd=folder, env=home.env())
     assert began.returncode == 0, began.stderr
     run = Run(home.only_run("relative"))
     for steps in (2, 3):  # in another folder, twice: what the first resume recorded counts too
@@ -455,7 +455,8 @@ def test_a_hangup_saves_unless_it_is_ignored(home, monkeypatch: pytest.MonkeyPat
         hang_up = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGHUP))
         monkeypatch.setattr(Throughput, "on_train_start", lambda *_, timer=hang_up: timer.start(), raising=False)
         try:
-            done[kind] = home.call(*home.tiny(f"name=hangup-{kind}", "trainer.max_steps=60", *UNSEEN))
+            steps = ["trainer.max_steps=60", "trainer.val_check_interval=1000"]
+            done[kind] = home.call(*home.tiny(f"name=hangup-{kind}", *steps))
         finally:
             hang_up.join()
             signal.signal(signal.SIGHUP, usual)

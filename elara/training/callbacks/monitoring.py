@@ -40,7 +40,7 @@ class Monitoring(Callback):
         if not trainer.is_global_zero:
             return
         self._monitors = [logger for logger in trainer.loggers if isinstance(logger, Monitor)]
-        self._due = time.monotonic() + FIRST_GUESS / max(self.share, 1e-6)
+        self._due = self._next(FIRST_GUESS)
         for monitor in self._monitors:
             monitor.resumed_step = module.resumed_step
             monitor.more_follows = stage != "fit"
@@ -108,7 +108,11 @@ class Monitoring(Callback):
             for monitor in self._monitors:
                 monitor.log_picture(name, pixels, step)
         self._drawn = step
-        self._due = time.monotonic() + (time.monotonic() - begin) / max(self.share, 1e-6)
+        self._due = self._next(time.monotonic() - begin)
+
+    def _next(self, taken: float) -> float:
+        """When the next picture may be drawn, if one takes so many seconds: with a share of 1, at once."""
+        return time.monotonic() + taken * (1 - self.share) / max(self.share, 1e-6)
 
 
 def expert_pictures(metrics: Path) -> dict[str, NDArray[np.uint8]]:

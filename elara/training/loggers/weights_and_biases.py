@@ -7,10 +7,13 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,6 +31,7 @@ LOSS = "val/loss_ar"
 FLUSH = "x_transaction_log_flush_interval"
 FLUSH_SECONDS = 0.1  # how much a killed process may lose of what it logged; wandb's own default is 15
 LOG_HEADER = 7  # bytes of a log without a record
+REACH = 10.0  # seconds that the server gets to take a connection
 REGROW = 1.1  # the table of samples is sent again when it has grown by so much; at the end in any case
 
 
@@ -75,17 +79,31 @@ def _log_in(package: Any, *, must: bool) -> bool:
     """Whether there is a key and the server takes it; ElaraError instead of False when it `must` be so."""
     if not must and os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         return False
+    reason = "there is no key: run `wandb login`"
     try:
-        if package.login(prompt=False):
+        if package.login(prompt=False, verify=False):
+            _check_reachable(package.setup().settings.base_url)
+            package.login(prompt=False, verify=True)
             return True
-        reason = "there is no key: run `wandb login`"
-    except package.errors.Error as error:
+    except (package.errors.Error, OSError) as error:
         reason = str(error).splitlines()[0]
         if not must:
             print(f"note: wandb goes on offline, {reason}", flush=True)
     if must:
         raise ElaraError(f"logger.wandb.mode=online does not work, {reason}; or set logger.wandb.mode=offline")
     return False
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError at once where wandb itself would try for minutes. What goes through a proxy is left to wandb."""
+    parts = urlsplit(address)
+    host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
+    if parts.scheme in getproxies() and not proxy_bypass(host):
+        return
+    try:
+        socket.create_connection((host, port), timeout=REACH).close()
+    except OSError as error:
+        raise OSError(f"{address} cannot be reached ({error.strerror or error})") from error
 
 
 class WeightsAndBiases(Monitor):
