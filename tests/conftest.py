@@ -13,17 +13,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; before torch is imported, here and in child processes
 
 from elara import train
-from elara.backends.smollm2 import SmolLM2
 from elara.errors import ElaraError
 from elara.export.llama_cpp import Library, find_library
 from tests import forks
 from tests.forks import Done
+
+if TYPE_CHECKING:
+    from elara.backends.smollm2 import SmolLM2  # imports PyTorch, which xdist's own process does not need
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTERPARTS = ROOT / ".counterparts"  # made by `make counterparts`
@@ -75,7 +78,8 @@ class Home:
 
     def tiny(self, *overrides: str, plots: bool = False) -> list[str]:
         """Overrides of a short training. plots: with pictures at its end, which take longer than all the rest."""
-        undrawn = [] if plots or "callbacks=none" in overrides else ["~callbacks.plots"]
+        others = any(override.startswith("callbacks=") for override in overrides)  # none of these groups draws
+        undrawn = [] if plots or others else ["~callbacks.plots"]
         return [*TINY, f"data.path={self.text}", *undrawn, *overrides]
 
     @staticmethod
@@ -140,6 +144,13 @@ def make_text(characters: int, seed: int = 0) -> str:
     return text
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Coverage is of model and decoding; their own tests must reach it, as to watch the others takes too long."""
+    for item in items:
+        if item.path.parent.name not in ("model", "decoding"):
+            item.add_marker("no_cover")
+
+
 @pytest.fixture(scope="session")
 def session_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     path = tmp_path_factory.mktemp("home")
@@ -199,6 +210,8 @@ def _one_line_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 def smollm2() -> SmolLM2:
     """The real one, in float32; fetched and converted on the first run, kept under data/ for the next."""
     pytest.importorskip("transformers")
+    from elara.backends.smollm2 import SmolLM2
+
     backend = SmolLM2(dtype="float32", cache=str(ROOT / "data" / "teachers"))
     try:
         backend.tokenizer()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import torch
 
+from elara import calibration
 from elara.calibration import controller_for
 from elara.checkpoint import Loaded
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
+from elara.decoding import calibrate
 from elara.decoding.controller import candidates
 from elara.model import ElaraLM
 from elara.tokenizer.char import CharTokenizer
@@ -18,6 +21,7 @@ from elara.tokenizer.char import CharTokenizer
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("ELARA_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "calibrate", partial(calibrate, seconds=0.1))
     return tmp_path
 
 

@@ -97,7 +97,7 @@ def test_fewer_bits_hardly_cost_a_trained_model(tmp_path):
     command = ["experiment=elara_char", "trainer.max_steps=200", "trainer=cpu"]
     done = forks.run("elara.train", *command, cwd=tmp_path, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
-    wanted = ["eval.precisions=[bfloat16,int8,int4]", "eval.prompts=0", "device=cpu"]
+    wanted = ["eval.precisions=[bfloat16,int8,int4]", "eval.prompts=0", "eval.max_bytes=32768", "device=cpu"]
     done = run(tmp_path, "checkpoint=elara_char", *wanted)
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "outputs" / "evaluate").glob("*/evaluation.json")

@@ -70,7 +70,7 @@ def test_a_signal_reaches_every_rank_once_and_the_code_says_that_all_have_saved(
     before = lambda *_: None  # noqa: E731 - not the default: it would end the tests where nobody listens
     usual = signal.signal(number, before)
     body = (
-        f"signal.signal({int(number)}, lambda *_: (note('asked'), sys.exit(75)))\n"
+        f"signal.signal({int(number)}, lambda *_: (note('asked'), os._exit(75)))\n"
         "note('ready')\n"
         f"while not all(open(f'{tmp_path}/{{r}}').read() == 'ready' for r in (0, 1)): time.sleep(0.01)\n"
         f"if rank == 0: os.kill(os.getppid(), {int(number)})\n"

@@ -231,6 +231,7 @@ def test_an_answer_of_nothing_is_an_error(tmp_path: Path) -> None:
         list(backend.generate(CHATS[0], GREEDY))
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Transformers(str(llama), device="cpu", dtype="float32", batch_size=5)
     want = texts(backend, GREEDY)

@@ -117,6 +117,7 @@ def test_the_step_of_fixed_shape_writes_what_generate_writes(order):
     assert len(set(expected)) > 3
 
 
+@pytest.mark.slow
 def test_every_decoding_case_gives_its_figures():
     modes = list(decoding.modes(config(block_length=4), CPU, 1, new_tokens=4))
     assert len(modes) == 12 and {f.at for f in modes if f.series} == {2, 4, 8}

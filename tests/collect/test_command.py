@@ -126,6 +126,7 @@ def test_a_teacher_that_only_fails_is_given_up_soon(collector, oracle):
     assert "7 failures in a row" in err
 
 
+@pytest.mark.slow
 def test_time_is_bounded(collector, oracle):
     server = oracle(delay=0.3)
     teacher = collector.teachers(oracle=server, settings={"concurrency": 1})
@@ -136,6 +137,7 @@ def test_time_is_bounded(collector, oracle):
     assert "the same command goes on" in out
 
 
+@pytest.mark.slow
 def test_while_one_collects_a_second_is_refused_and_ctrl_c_saves(collector, oracle):
     server = oracle(delay=0.1)
     teacher = collector.teachers(oracle=server, settings={"concurrency": 2})

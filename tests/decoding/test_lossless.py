@@ -172,6 +172,7 @@ def test_a_few_texts_under_every_controller(make_model, write, name):
     assert 0 < tally.accepted < tally.drafted
 
 
+@pytest.mark.slow
 def test_float32_differs_by_ties_alone(make_model, write):
     model = make_model(**SIZE, **MODELS["block, chain"], dtype=torch.float32)
     tally = compare(model, write, prompts(25, 2), 60, [*CONTROLLERS])
@@ -207,6 +208,7 @@ def test_a_difference_without_a_tie_is_not_excused(make_model, write):
             assert not excused(model, prompt, text, other)
 
 
+@pytest.mark.slow
 def test_the_choices_depend_on_costs_and_seed_alone(make_model, write):
     """Not on the clock: a machine that stalls now and then writes the same text."""
     model = make_model(**SIZE, **MODELS["block, chain"])

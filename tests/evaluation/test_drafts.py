@@ -56,6 +56,7 @@ def test_every_token_is_counted(loaded, text):
     assert [one.temperature for one in found.acceptance] == [0, 1]
 
 
+@pytest.mark.slow
 def test_speed_has_all_modes_in_all_precisions(loaded, make_loaded, text):
     plain = make_loaded(block=0)
     prompts = [held_out_prompts(text, loaded.tokenizer, 4, 5)] * 2

@@ -37,6 +37,7 @@ def shown(results, text):
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_the_table_has_a_column_for_each_and_only_what_was_measured(results, text):
     out = shown(results, text)
     lines = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in out.splitlines() if "│" in line}

@@ -176,7 +176,7 @@ def test_a_depth_below_one_is_refused(make: MAKE) -> None:
         make(config(), ByteTokenizer(), depth=0)
 
 
-@pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
+@pytest.mark.parametrize("kind", ["char", "byte", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_tokens_are_written_as_the_tables_have_them(
     make: MAKE, tmp_path: Path, tokenizers: Callable[[str], Tokenizer], kind: str
 ) -> None:

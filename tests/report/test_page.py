@@ -110,6 +110,7 @@ def sweep_page(sweep: Path) -> Page:
     return Page(file)
 
 
+@pytest.mark.slow
 def test_pages_need_no_network(run_page: Page, sweep_page: Page) -> None:
     check_alone(run_page)
     check_alone(sweep_page)
@@ -261,6 +262,7 @@ def call(in_process, home: Path) -> Call:
     return partial(in_process, command.main, home)
 
 
+@pytest.mark.slow
 def test_the_command_finds_runs_and_sweeps_by_folder_and_name(call: Call, run: Run, sweep: Path, home: Path) -> None:
     job = f"outputs/sweeps/toggles/{sweep.name}/0"
     for arguments, folder in (((), run.path), (("bees",), run.path), (("toggles",), sweep), ((job,), home / job)):

@@ -19,7 +19,7 @@ from elara.sweep.study import SharedStudy
 from tests.conftest import TINY, Home
 from tests.forks import Done, Forked
 
-TRIAL = [*(override for override in TINY if not override.startswith("callbacks.")), "~callbacks.plots"]
+TRIAL = [override for override in TINY if not override.startswith("callbacks.")]
 
 
 @dataclass

@@ -75,6 +75,7 @@ def test_a_pruned_trial_is_projected_by_what_complete_ones_gained_from_there():
     assert projected([pruned]) == {}
 
 
+@pytest.mark.slow
 def test_importances_name_the_key_that_matters_and_need_enough_trials():
     assert importances(many(LEAST - 1), SPACE) is None
     assert importances([record(number) for number in range(LEAST)], SPACE) is None, "all the same"
@@ -86,6 +87,7 @@ def test_importances_name_the_key_that_matters_and_need_enough_trials():
     assert all(0 <= share.low <= share.high <= 1 for share in shares)
 
 
+@pytest.mark.slow
 def test_pruning_does_not_hide_what_matters():
     """Without the pruned trials, those with a bad rate, the rate would explain little."""
     records = [r if (r.value or 0) < 2.08 else record(r.number, "pruned", (r.value or 0) + 0.6, steps=20,
@@ -126,7 +128,7 @@ def test_the_tables_hold_every_trial(tmp_path: Path):
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
-@pytest.mark.parametrize("kind", ["many", "few", "one", "pruned", "failed"])
+@pytest.mark.parametrize("kind", [pytest.param("many", marks=pytest.mark.slow), "few", "one", "pruned", "failed"])
 def test_pictures_are_drawn_of_whatever_there_is(tmp_path: Path, kind: str, direction: str):
     records = {
         "many": [

@@ -88,6 +88,7 @@ def test_running_trials_count_until_they_fail(tmp_path: Path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_trials_of_a_killed_search_are_run_again_with_the_same_values(tmp_path: Path):
     in_process(start_and_die, tmp_path, None, 1, 2)
     study = open_study(tmp_path, trials=3)
@@ -99,6 +100,7 @@ def test_trials_of_a_killed_search_are_run_again_with_the_same_values(tmp_path: 
     assert study.start() is None
 
 
+@pytest.mark.slow
 def test_a_trial_that_kills_its_search_every_time_is_given_up(tmp_path: Path):
     for _ in range(3):
         in_process(start_and_die, tmp_path)
@@ -111,6 +113,7 @@ def test_a_trial_that_kills_its_search_every_time_is_given_up(tmp_path: Path):
     assert study.records()[-1].values["lr"] != records[0].values["lr"]
 
 
+@pytest.mark.slow
 def test_trials_of_living_processes_and_of_other_machines_are_left_alone(tmp_path: Path):
     mine = open_study(tmp_path)
     begin(mine)

@@ -370,6 +370,7 @@ def test_a_teacher_without_a_template_is_refused_for_conversations_alone(tmp_pat
         open_teachers(given, ByteTokenizer(), conversations=True)
 
 
+@pytest.mark.slow
 def test_a_run_learns_conversations_from_a_teacher_that_knows_no_roles_of_ours(
     home, folder: Path, tmp_path: Path
 ) -> None:

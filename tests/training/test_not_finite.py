@@ -160,6 +160,7 @@ def test_a_teacher_without_numbers_is_named(home, teachers, opinions):
     assert {p for p in home.path.glob("data/prepared/*/teachers/*-*") if p.is_dir()} <= stored
 
 
+@pytest.mark.slow
 def test_what_an_earlier_version_stored_of_it_is_thrown_away(home, teachers):
     assert taught(home, "taught-well", teachers["sound"]).returncode == 0
     (folder,) = {file.parent for file in home.path.glob("data/prepared/*/teachers/elara-*/manifest.json")}

@@ -25,6 +25,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_trace_table_and_picture(home, capfd) -> None:
     window = ["profiler=torch", "profiler.wait=3", "profiler.steps=4"]
     done = home.call(*home.tiny("name=profiled", *window, "trainer.max_steps=12", "trainer.val_check_interval=12"))

@@ -154,6 +154,7 @@ def test_any_text_is_read_without_a_place_lost(teacher: Elara, text: str, cut: i
     assert torch.allclose(found.logprobs.exp().sum(-1), torch.ones(()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_of_bytes_learns_from_a_teacher_of_words(home, teacher: Elara, tmp_path: Path) -> None:
     command = home.tiny(
         "name=bytes", "teacher=elara", f"teachers.elara.backend.checkpoint={teacher.checkpoint}", "tokenizer=byte",

@@ -53,7 +53,7 @@ def same_run(home, one: Path, other: Path) -> None:
     assert (one / "samples.txt").read_text("utf-8") == (other / "samples.txt").read_text("utf-8")
 
 
-@pytest.mark.parametrize(("workers", "step"), [(0, 13), (2, 19)])
+@pytest.mark.parametrize(("workers", "step"), [(0, 13), pytest.param(2, 19, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_uninterrupted(home, whole: Path, workers: int, step: int) -> None:
     name = f"killed-{workers}"
     run = home.kill_at(step, name, *home.tiny(ACCUMULATE, f"data.workers={workers}"))

@@ -79,6 +79,7 @@ def logged(session_home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield SimpleNamespace(run=run, log=log, stdout=done.stdout, figures=figures_of(run))
 
 
+@pytest.mark.slow
 def test_wandb_knows_name_tags_and_settings_by_key(logged: SimpleNamespace) -> None:
     log = logged.log
     assert log.run.run_id == (logged.run / "wandb_id").read_text("utf-8").strip()
