@@ -62,9 +62,9 @@ test: $(DEV) ## the fast tests, with the coverage of model and decoding
 	@$(PY) -m pytest -m "not slow and not long" $(PARALLEL) --cov --cov-report=term
 
 test-all: test counterparts ## the fast tests, then the slow ones and those with a real counterpart
-	@$(PY) -m pytest -m slow $(PARALLEL)
+	@$(PY) -m pytest -m "slow and not long" $(PARALLEL)
 
-test-long: $(DEV) ## what takes hours: 200 random ways through resuming
+test-long: $(DEV) ## further cases of slow tests, and 200 random ways through resuming: about an hour
 	@$(PY) -m pytest -m long $(PARALLEL)
 
 # Programs that the tests compare with. Where one cannot be installed, the tests that need it say so and are skipped.

@@ -144,11 +144,21 @@ def make_text(characters: int, seed: int = 0) -> str:
     return text
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Coverage is of model and decoding; their own tests must reach it, as to watch the others takes too long."""
+    thorough: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.path.parent.name not in ("model", "decoding"):
-            item.add_marker("no_cover")
+            item.add_marker("no_cover")  # their own tests reach what is asked for; watching all takes twice as long
+        if item.get_closest_marker("thorough"):
+            thorough.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in thorough.values():
+        for marker in cases[0].iter_markers("thorough"):
+            count, others = marker.args
+            kept = {round((i + 0.5) * len(cases) / count - 0.5) for i in range(count)}
+            for i, item in enumerate(cases):
+                if i not in kept:
+                    item.add_marker(others)
 
 
 @pytest.fixture(scope="session")

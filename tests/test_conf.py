@@ -70,6 +70,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> forks.Done:
     return forks.run(*arguments, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"})
 
 
+@pytest.mark.thorough(30, "slow")
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
     config = composed(f"{group}={option}")
@@ -84,6 +85,7 @@ def test_sizes_bring_data_and_tokenizer_and_the_command_line_has_the_last_word()
     assert (config.data.name, config.tokenizer.kind) == ("text", "byte")
 
 
+@pytest.mark.thorough(3, "slow")
 @pytest.mark.parametrize(
     "module",
     ["elara.train", "elara.sample", "elara.verify", "elara.data", "elara.bench", "elara.evaluate", "elara.sweep",
@@ -183,6 +185,7 @@ def test_switching_the_diffusion_head_off_leaves_the_rest() -> None:
     assert "diffusion head" not in report["parameters"]
 
 
+@pytest.mark.thorough(8, "slow")
 @pytest.mark.parametrize(
     ("moe", "trm", "tidar"), itertools.product(options("moe"), options("trm"), options("tidar")), ids="-".join
 )

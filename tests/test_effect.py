@@ -17,6 +17,7 @@ def refused(err: str, override: str, words: str) -> None:
     assert words in err and err.endswith("; without that it has no effect\n")
 
 
+@pytest.mark.thorough(3, "slow")
 @pytest.mark.parametrize(("overrides", "words"), [
     ([PATH], "give data=text as well"),
     (["experiment=chat_quick", PATH], "give data=text as well"),
@@ -36,6 +37,7 @@ def test_training_refuses_it_and_leaves_no_trace(home, overrides, words):
     assert not list((home.path / "outputs" / "train").glob("idle/*"))
 
 
+@pytest.mark.thorough(3, "slow")
 @pytest.mark.parametrize(("main", "overrides", "words"), [
     (prepare.main, [PATH], "give data=text as well"),
     (evaluate.main, [PATH], "the data group it belongs to"),

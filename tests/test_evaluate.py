@@ -51,6 +51,7 @@ def run(home, *overrides):
     return forks.run("elara.evaluate", *overrides, cwd=home, env=environment)
 
 
+@pytest.mark.slow
 def test_two_checkpoints_are_compared_on_the_data_of_the_first(home):
     done = run(home, "checkpoint=[chars,bytes]", *QUICK)
     assert done.returncode == 0, done.stderr
@@ -71,6 +72,7 @@ def test_two_checkpoints_are_compared_on_the_data_of_the_first(home):
     assert (folder / "evaluation.png").stat().st_size > 10_000
 
 
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -45,6 +45,7 @@ def test_a_value_out_of_range_is_refused_by_name(key, value, words):
 STOP = "+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,min_delta:nan}"
 
 
+@pytest.mark.thorough(2, "slow")
 @pytest.mark.parametrize(("override", "words"), [
     ("optimizer.lr=nan", "error: optimizer.lr=nan is no number to compute with: give a finite one"),
     ("trainer.log_every_n_steps=-1", "error: trainer.log_every_n_steps=-1 must be a whole number of at least 1"),

@@ -63,6 +63,7 @@ def test_the_command_writes_text_and_figures(saved):
         assert float(figures[2]) >= 1
 
 
+@pytest.mark.thorough(2, "slow")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from elara.backends.transformers import Transformers
 from elara.errors import ElaraError
 from tests.backends.conftest import save_model
 
-pytest.importorskip("airllm")
+pytestmark = [
+    pytest.mark.slow,  # importing it takes longer than a test
+    pytest.mark.skipif(find_spec("airllm") is None, reason="airllm is not installed"),
+]
 CHATS = [[{"role": "user", "content": text}] for text in ("The bee", "found honey and 12 flowers", "x")]
 
 

@@ -98,6 +98,7 @@ def failed(result: Answer | BackendError) -> BackendError:
     return result
 
 
+@pytest.mark.thorough(20, "slow")
 @pytest.mark.parametrize(
     ("act", "kind", "requests", "said"),
     [
@@ -145,6 +146,7 @@ def test_every_trouble_is_one_error_after_a_bounded_number_of_requests(
         assert (f"tried {requests} times" in str(error)) == (requests > 1)
 
 
+@pytest.mark.thorough(4, "slow")
 @pytest.mark.parametrize(
     "trouble", [status(500), status(503), status(429, Retry_After="0"), hang_up, drop, cut, speak(), silent, page]
 )
@@ -227,6 +229,7 @@ def test_a_stream_that_breaks_behind_its_first_piece_is_an_error_and_never_a_rep
         assert len(server.asked) == 2
 
 
+@pytest.mark.thorough(2, "slow")
 @pytest.mark.parametrize(("act", "kind"), [(speak(), "empty"), (status(401), "refused"), (silent, "timeout")])
 def test_generate_meets_the_same_errors(api: str, act: Act, kind: str) -> None:
     with hostile(act) as server:
@@ -318,6 +321,7 @@ def test_ctrl_c_ends_a_process_that_waits_for_a_silent_server(api: str) -> None:
         assert err.rstrip().endswith("KeyboardInterrupt")
 
 
+@pytest.mark.thorough(1, "slow")
 def test_requests_are_spaced_as_the_limit_says(api: str) -> None:
     with hostile(GOOD) as server:
         made = backend(api, server.address, requests_per_minute=60, deadline=1.9, concurrency=4)
@@ -393,6 +397,7 @@ def test_finish_reasons_are_known_by_every_name(api: str, meant: str, said: str)
         assert ask(backend(api, server.address)) == Answer("Once", meant)
 
 
+@pytest.mark.thorough(4, "slow")
 @pytest.mark.parametrize("said", ["abort", "error", "content_filter", "load", "whatever\nelse " * 20])
 def test_an_answer_that_ended_otherwise_is_asked_for_again(api: str, said: str) -> None:
     with hostile(speak("Once", finish=said), GOOD) as server:

@@ -203,6 +203,7 @@ def test_parquet_holds_the_same_answers(collector, oracle):
     assert not [file for file in folder.iterdir() if file.suffix == ".draft"]
 
 
+@pytest.mark.thorough(4, "slow")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

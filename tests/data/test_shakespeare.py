@@ -61,6 +61,7 @@ def test_famous_lines_are_complete(plays):
     assert "LORD CHIEF-JUSTICE:\nWhat's he that goes there?" in plays["henry-iv-part-2"]
 
 
+@pytest.mark.slow
 def test_whole_plays_are_held_out(plays, archive_cache):
     source = Shakespeare(archive_cache)
     val = ["".join(document) for document in source.documents("val")]

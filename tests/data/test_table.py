@@ -172,6 +172,7 @@ def test_a_failing_process_ends_the_preparation_with_its_line(folder, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_absent_hub_is_one_line_within_seconds(tmp_path):
     script = (
         "import sys; from pathlib import Path\n"

@@ -138,6 +138,7 @@ def simulated_rate(costs, think, talk, chances, steps=20_000):
     return tokens / seconds
 
 
+@pytest.mark.thorough(5, "slow")
 @pytest.mark.parametrize("chances", [[0.95] * 7, [0.8] * 7, [0.6] * 7, [0.3] * 7, [0.9, 0.8, 0.3, 0.2, 0.1, 0.1, 0.1]])
 @pytest.mark.parametrize("longest", [4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("price", [(0.02, 0.01), (0.1, 0.0), (0.05, 0.03), (0.4, 0.1)])

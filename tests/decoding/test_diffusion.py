@@ -80,6 +80,7 @@ def slow_diffusion(model, prompt, config, allowed=None, depth=None):
     return text[len(prompt) :], forwards
 
 
+@pytest.mark.thorough(8, "slow")
 @pytest.mark.parametrize("options", MODELS)
 @pytest.mark.parametrize(
     "choices",

@@ -44,6 +44,7 @@ def slow_greedy(model, prompt, count, depth=None):
     return text[len(prompt) :]
 
 
+@pytest.mark.thorough(8, "slow")
 @pytest.mark.parametrize("options", MODELS)
 @pytest.mark.parametrize("depth", [None, 1, 3])
 def test_greedy_ar_equals_the_loop_without_a_cache(make_model, write, options, depth):
@@ -52,6 +53,7 @@ def test_greedy_ar_equals_the_loop_without_a_cache(make_model, write, options, d
     assert texts == [slow_greedy(model, prompt, 14, depth) for prompt in PROMPTS]
 
 
+@pytest.mark.thorough(10, "slow")
 @pytest.mark.parametrize("options", MODELS)
 @pytest.mark.parametrize(("depth", "draft_length"), [(None, None), (1, None), (3, None), (None, 2), (3, 7)])
 def test_greedy_tidar_equals_greedy_ar(make_model, write, options, depth, draft_length):
@@ -267,6 +269,7 @@ def test_drafts_need_a_diffusion_head(make_model, mode):
         generate(make_model(block_length=0), [[1]], greedy(3), mode=mode, mask_id=MASK_ID)
 
 
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize("length", [1, 24, 30])
 def test_drafts_longer_than_the_context_or_of_nothing_are_defined(make_model, write, length):
     model = make_model(chain=True)

@@ -164,6 +164,7 @@ def check_choices(pace, chosen):
         assert len(read) == 6
 
 
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize("name", ["dense, stack, chain", "token", "anchor, stack, chain"])
 def test_a_few_texts_under_every_controller(make_model, write, name):
     model = make_model(5, **SIZE, **MODELS[name])
@@ -180,6 +181,7 @@ def test_float32_differs_by_ties_alone(make_model, write):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough(6, "long")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", MODELS)
 def test_hundreds_of_texts_of_200_tokens(make_model, write, name, dtype):

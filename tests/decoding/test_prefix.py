@@ -37,6 +37,7 @@ def read(model, prompts, **options):
     return reading.tokens - len(prompts)
 
 
+@pytest.mark.thorough(3, "slow")
 @pytest.mark.parametrize("mode", ["ar", "tidar"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("options", [{"depth": 2, "chain": True}, {"every": 1, "draft_routing": "anchor"}])

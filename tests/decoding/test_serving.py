@@ -54,6 +54,7 @@ def alone(write, model, prompt, sampling, **options):
     return write(model, [prompt], sampling, mask_id=MASK_ID, **options)[0][0]
 
 
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize("slots", [3, 16])
 @pytest.mark.parametrize("options", [{"depth": 2, "chain": True}, {"num_experts": 0, "draft_routing": "anchor"}])
 def test_twelve_threads_get_what_each_would_get_alone(make_model, write, slots, options):

@@ -92,6 +92,7 @@ SAMPLINGS = {
 }
 
 
+@pytest.mark.thorough(2, "slow")
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 def test_sampled_tidar_follows_the_ar_distribution(model, write, options):
     assert p_value(model, write, SamplingConfig(max_new_tokens=NEW, **options)) > 1e-3
@@ -104,6 +105,7 @@ def test_under_a_controller_and_with_a_chain_too(models, write, costs, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough(8, "long")
 @pytest.mark.parametrize("chain", [False, True])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("pace", [None, 1, Changing, Controller])
@@ -165,6 +167,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.thorough(2, "slow")
 @pytest.mark.parametrize(("name", "broken"), BROKEN)
 def test_the_test_fails_for_a_broken_acceptance_rule(model, write, monkeypatch, name, broken):
     monkeypatch.setattr(f"elara.decoding.engine.{name}", broken)

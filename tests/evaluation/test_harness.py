@@ -165,6 +165,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_network")
 def test_the_shipped_tasks_need_no_network_and_count_right(loaded, naive, capfd):
     wanted = EvalConfig(tasks=["shakespeare_cloze", "shakespeare_rolling", "copying"], task_limit=6)
@@ -200,6 +201,7 @@ def test_ones_own_tasks_come_from_a_folder(loaded, tmp_path):
     assert found["mine"]["exact_match_stderr"] > 0
 
 
+@pytest.mark.slow
 def test_few_shot_examples_and_the_chat_template_reach_the_model(byte_loaded):
     seen = []
     handle = byte_loaded.model.embed.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].flatten()))
@@ -210,7 +212,7 @@ def test_few_shot_examples_and_the_chat_template_reach_the_model(byte_loaded):
     assert byte_loaded.tokenizer.role_ids["assistant"] in torch.cat(seen).tolist()
 
 
-@pytest.mark.slow  # lm-eval reads its own ten thousand task files
+@pytest.mark.long  # lm-eval reads its own ten thousand task files
 def test_an_unknown_task_is_one_line():
     with pytest.raises(ElaraError, match=r"there is no 'nope'; with Elara come copying, shakespeare_cloze"):
         find_tasks(["copying", "nope"])
@@ -222,6 +224,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
         find_tasks(["copying"], str(tmp_path / "none"))
 
 
+@pytest.mark.slow
 def test_the_items_are_those_of_the_held_out_plays():
     plays = held_out_plays()
     made = build(plays)

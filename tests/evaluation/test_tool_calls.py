@@ -75,6 +75,7 @@ def test_talk_is_right_without_a_call():
     assert not judge(ASKED["talk"], "")["format"]
 
 
+@pytest.mark.slow
 def test_rates_are_counted_by_family_and_phrasing_with_wilson_s_interval(chatty):
     done: list[int] = []
     found = measure_calls(chatty, 40, advance=done.append)

@@ -155,6 +155,7 @@ def test_every_option_is_one_that_the_program_knows(group: str) -> None:
         assert values[key] == name and asdict(schema(**values)) | values == asdict(schema(**values))
 
 
+@pytest.mark.thorough(4, "slow")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -133,6 +133,7 @@ def test_torch_kernels_stay_close(kind: int) -> None:
         assert np.abs(part.packed(x)[:, part.span] - expected).max() < 0.03 * expected.std()
 
 
+@pytest.mark.thorough(3, "slow")
 @pytest.mark.parametrize("architecture", [COMPACT, UNROLLED])
 @pytest.mark.parametrize("order", ["block", "stack"])
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])

@@ -181,7 +181,7 @@ def test_hundreds_of_altered_headers(good: Path) -> None:
     assert fuzz(good, 400) > 100
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_thousands_of_altered_headers_within_little_memory(good: Path) -> None:
     """In a process of its own, which may not take a gigabyte more than it has, nor more than two minutes."""
     command = [sys.executable, "tests/export/fuzz.py", str(good), "5000"]

@@ -69,7 +69,7 @@ def test_any_text_at_all_is_split_as_tiktoken_splits_it(pair: Pair) -> None:
     same()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_character_and_the_whole_corpus(pair: Pair) -> None:
     tokenizer, ours = pair("gpt2")
     for first in range(0, sys.maxunicode + 1, 256):

@@ -92,6 +92,7 @@ def compare(model, reference, tokens, section=None, depth=None):
         assert_near(got / scale, want / scale, name)
 
 
+@pytest.mark.thorough(7, "slow")
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_matches_the_reference(make_model, reference, options):
     model = make_model(**options)
@@ -113,6 +114,7 @@ def test_runs_at_another_depth_than_trained(make_model, reference, depth, order)
     compare(model, reference, tokens, draw(model.config, tokens), depth=depth)
 
 
+@pytest.mark.thorough(3, "slow")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("fraction", [0.25, 0.6])
 def test_matches_the_reference_on_a_fraction_of_the_blocks(make_model, reference, seed, fraction):
@@ -140,6 +142,7 @@ def test_matches_the_reference_with_clean_tokens_inside_the_section(make_model, 
     compare(model, reference, tokens, section)
 
 
+@pytest.mark.thorough(2, "slow")
 @pytest.mark.parametrize("options", [{}, {"n_kv_head": 1}, {"n_kv_head": None, "depth": 2}], ids=str)
 @pytest.mark.parametrize("kept", [0, 1 << 21], ids=["torch's attention", "our backward"])
 def test_chunks_change_nothing(make_model, reference, monkeypatch, options, kept):

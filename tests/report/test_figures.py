@@ -30,6 +30,7 @@ def metrics(path: Path, *, moe: bool, tidar: bool, rows: int = 6) -> Path:
     return path
 
 
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize(
     ("moe", "tidar", "rows", "expected"),
     [

@@ -50,17 +50,13 @@ def kept_bytes(config: ElaraConfig) -> int:
     return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in before)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(config, id=name, marks=[] if name in ("all ideas", "stack order") else pytest.mark.slow)
-        for name, config in VARIANTS.items()
-    ],
-)
+@pytest.mark.thorough(1, "slow")
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_plain_estimate_is_within_a_percent(config: ElaraConfig) -> None:
     assert activation_bytes(config).plain == pytest.approx(kept_bytes(config), rel=0.01)
 
 
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize("config", [VARIANTS["all ideas"], VARIANTS["stack order"]], ids=["block", "stack"])
 def test_checkpointed_estimate_is_within_ten_percent(config: ElaraConfig) -> None:
     estimate = activation_bytes(config)

@@ -37,6 +37,7 @@ def configuration(cli: Call, *arguments: str) -> dict:
     return yaml.safe_load(out)
 
 
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_searches_what_elara_train_knows(cli: Call, option: str) -> None:
     config = configuration(cli, f"search={option}")
@@ -117,6 +118,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough(8, "slow")
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
 def test_a_mistake_is_one_line_that_names_it(cli: Call, arguments: tuple[str, ...], tmp_path: Path) -> None:
     code, out, err = cli(*arguments)

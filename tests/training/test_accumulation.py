@@ -170,7 +170,7 @@ def test_a_run_of_documents_accumulates_to_its_large_batch_and_resumes_exactly(h
         return home.only_run(name)
 
     parts = run("parts", "data.batch_size=2", "trainer.accumulate_grad_batches=3", "data.val_batches=6")
-    whole = run("whole", "data.batch_size=6", "data.val_batches=2")
+    whole = run("large-batch", "data.batch_size=6", "data.val_batches=2")
     for row, wanted in zip(home.rows(parts), home.rows(whole), strict=True):
         for name in ("train/loss", "train/loss_ar", "train/grad_norm", "val/loss_ar"):
             assert float(row[name] or 0) == pytest.approx(float(wanted[name] or 0), rel=2e-5), (row["step"], name)

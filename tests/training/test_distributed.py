@@ -135,6 +135,7 @@ def unfinished_copy(of: Path, name: str) -> Run:
     return run
 
 
+@pytest.mark.thorough(1, "long")
 @pytest.mark.parametrize("part", ["shards", "optimizer"])
 def test_damaged_shards_give_way_on_every_rank_to_the_checkpoint_before(home, sharded_run: Path, part: str) -> None:
     run = unfinished_copy(sharded_run, f"damaged-{part}")
@@ -179,7 +180,8 @@ def test_a_killed_rank_ends_the_run_with_one_line_and_resume_is_exact(home, kind
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.thorough(1, "long")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_lets_all_ranks_save_and_exit_so_that_a_scheduler_can_requeue(home, number: signal.Signals) -> None:
     name = f"asked-{number.name}"
     process = home.start(f"name={name}", *home.tiny(*DDP, "trainer.max_steps=100000", *QUIET))

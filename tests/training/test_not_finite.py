@@ -88,6 +88,7 @@ def spoil_checkpoint(folder: Path) -> None:
     shutil.rmtree(spoiled)
 
 
+@pytest.mark.thorough(2, "slow")
 @pytest.mark.parametrize(("what", "value", "said", "logged"), [
     ("weights", "nan", "loss", 1), ("weights", "inf", "loss", 1000), ("diffusion", "nan", "loss", 1000),
     ("gradient", "1e30", "train/grad_norm is inf", 1), ("gradient", "1e30", "train/grad_norm is", 1000),
@@ -103,6 +104,7 @@ def test_training_stops_and_the_last_good_checkpoint_stays(home, what, value, sa
     assert not run.finished
 
 
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize("others", [WITHOUT, ["callbacks=none", "+trainer.limit_val_batches=0"]])
 @pytest.mark.parametrize(("what", "value"), [("weights", "inf"), ("gradient", "1e30")])
 def test_however_short_a_run_is(home, what, value, others):

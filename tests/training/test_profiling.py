@@ -92,6 +92,7 @@ def products(found: list[profiling.Row]) -> dict[tuple[str, str], float]:
     return counts
 
 
+@pytest.mark.slow
 def test_backward_operations_belong_where_their_forward_operation_does() -> None:
     config = ElaraConfig(SIZES, MoEConfig(num_experts=4), TRMConfig(depth=3), TiDARConfig(block_length=4))
     counts = products(profiled(config))

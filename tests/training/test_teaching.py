@@ -318,6 +318,7 @@ def test_settings_that_make_no_sense_are_named(changed: dict[str, Any], message:
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_teachers_that_do_not_fit_are_named_with_what_to_do(taught: str) -> None:
     backend = {"_target_": "elara.backends.elara.Elara", "checkpoint": taught}
     (same,) = open_teachers({"a": {"weight": 2, "backend": backend}}, ByteTokenizer())
@@ -342,10 +343,8 @@ def test_teachers_that_do_not_fit_are_named_with_what_to_do(taught: str) -> None
         open_teachers({"a": {"weight": 1, "backend": backend}}, CharTokenizer("abc"), conversations=True)
 
 
-@pytest.mark.parametrize(
-    "opinions",
-    ["stored", pytest.param("live", marks=pytest.mark.slow), pytest.param("on_policy", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("opinions", ["stored", "live", "on_policy"])
 def test_a_run_learns_from_its_teacher_and_goes_on_where_it_was(home, taught: str, opinions: str) -> None:
     name = f"student_{opinions}"
     command = home.tiny(
