@@ -10,6 +10,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -81,9 +82,9 @@ def _log_in(package: Any, *, must: bool) -> bool:
         return False
     reason = "there is no key: run `wandb login`"
     try:
-        if package.login(prompt=False, verify=False):
+        if _has_key(package.setup().settings):
             _check_reachable(package.setup().settings.base_url)
-            package.login(prompt=False, verify=True)
+        if package.login(prompt=False):
             return True
     except (package.errors.Error, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -92,6 +93,16 @@ def _log_in(package: Any, *, must: bool) -> bool:
     if must:
         raise ElaraError(f"logger.wandb.mode=online does not work, {reason}; or set logger.wandb.mode=offline")
     return False
+
+
+def _has_key(settings: Any) -> bool:
+    """Whether wandb will find a key for its server, in the environment, its settings or the user's .netrc."""
+    if settings.api_key or settings.identity_token_file:
+        return True
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(urlsplit(settings.base_url).hostname or "") is not None
+    except (OSError, NetrcParseError):
+        return False
 
 
 def _check_reachable(address: str) -> None:

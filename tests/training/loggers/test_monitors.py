@@ -420,25 +420,41 @@ def test_a_missing_package_is_one_line_and_leaves_nothing(
     assert list((home.path / "outputs" / "train").glob(f"without-{package}/*")) == []
 
 
+def logging_in(home: Home, folder: Path, mode: str, address: str) -> subprocess.Popen[str]:
+    """A process that says whether its wandb is online."""
+    environment = {**home.env(), "WANDB_API_KEY": KEY, "WANDB_BASE_URL": address}
+    script = (
+        "import sys\nfrom elara.cli import guard\nfrom elara.training.loggers import wandb\n"
+        f"guard(lambda: print(wandb(sys.argv[1], name='x', project='p', mode='{mode}').online))"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_key_that_the_server_does_not_take_is_one_line(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_its_own(monkeypatch, tmp_path)
+    with serving() as server:
+        server.knows_the_key = False
+        process = logging_in(home, tmp_path, "online", server.url)
+        out, errors = process.communicate(timeout=200)
+    assert (process.returncode, out) == (1, "")
+    assert errors.startswith("error: logger.wandb.mode=online does not work, Failed to authenticate")
+    assert errors.endswith("; or set logger.wandb.mode=offline\n") and errors.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_server_that_cannot_be_reached_is_one_line_or_a_note(
     home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_its_own(monkeypatch, tmp_path)
-    environment = {**home.env(), "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-
-    def make(mode: str) -> subprocess.Popen[str]:
-        script = (
-            "import sys\nfrom elara.cli import guard\nfrom elara.training.loggers import wandb\n"
-            f"guard(lambda: print(wandb(sys.argv[1], name='x', project='p', mode='{mode}').online))"
-        )
-        command = [sys.executable, "-c", script, str(tmp_path)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    online, auto = make("online"), make("auto")
+    nowhere = "http://127.0.0.1:9"
+    online, auto = (logging_in(home, tmp_path, mode, nowhere) for mode in ("online", "auto"))
     out, errors = online.communicate(timeout=200)
     assert (online.returncode, out) == (1, "")
-    unreached = "http://127.0.0.1:9 cannot be reached (Connection refused)"
+    unreached = f"{nowhere} cannot be reached (Connection refused)"
     assert errors.startswith(f"error: logger.wandb.mode=online does not work, {unreached}")
     assert errors.endswith("; or set logger.wandb.mode=offline\n") and errors.count("\n") == 1
     out, errors = auto.communicate(timeout=200)
