@@ -70,7 +70,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> forks.Done:
     return forks.run(*arguments, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"})
 
 
-@pytest.mark.thorough(30, "slow")
+@pytest.mark.thorough(15, "slow")
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
     config = composed(f"{group}={option}")
@@ -85,7 +85,7 @@ def test_sizes_bring_data_and_tokenizer_and_the_command_line_has_the_last_word()
     assert (config.data.name, config.tokenizer.kind) == ("text", "byte")
 
 
-@pytest.mark.thorough(3, "slow")
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize(
     "module",
     ["elara.train", "elara.sample", "elara.verify", "elara.data", "elara.bench", "elara.evaluate", "elara.sweep",

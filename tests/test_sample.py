@@ -115,11 +115,13 @@ def test_the_seed_repeats_the_text_and_modes_agree_greedily(configured, capsys):
     assert ar == tidar
 
 
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
 def test_depth_and_precision_reach_the_model(configured, capsys, precision):
     assert written(configured("depth=1", f"precision={precision}", "prompt=''"), capsys) is not None
 
 
+@pytest.mark.thorough(5, "slow")
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -145,6 +147,7 @@ def test_refusals(configured, override, message, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.thorough(3, "slow")
 @pytest.mark.parametrize(
     "override",
     ["prompt=''", "prompt=" + "a" * 32, "temperature=0", "temperature=1e-320", "top_k=1000000", "seed=-1",

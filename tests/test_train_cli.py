@@ -59,7 +59,7 @@ WRONG = {
 }
 
 
-@pytest.mark.thorough(12, "slow")
+@pytest.mark.thorough(7, "slow")
 @pytest.mark.parametrize("argument", WRONG)
 def test_a_mistake_is_one_line_that_names_it(cli, argument: str, tmp_path: Path) -> None:
     text = tmp_path / "a.txt"

@@ -164,7 +164,7 @@ def check_choices(pace, chosen):
         assert len(read) == 6
 
 
-@pytest.mark.thorough(1, "slow")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense, stack, chain", "token", "anchor, stack, chain"])
 def test_a_few_texts_under_every_controller(make_model, write, name):
     model = make_model(5, **SIZE, **MODELS[name])

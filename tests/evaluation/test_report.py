@@ -57,6 +57,7 @@ def test_the_table_has_a_column_for_each_and_only_what_was_measured(results, tex
     assert "paired" not in alone and "drafts" not in alone
 
 
+@pytest.mark.slow
 def test_json_and_picture_are_written(results, text, tmp_path):
     results[0].tasks = {"cloze": {"acc": 0.5, "acc_stderr": 0.1, "odd": math.nan}}
     files = write(results, text, {"device": "cpu"}, tmp_path / "out")

@@ -195,6 +195,7 @@ def test_a_run_that_broke_shows_its_traceback(copy: Run) -> None:
     assert "Ended with an error." in page.text and "ValueError: <broke>" in page.inside("pre")[0]
 
 
+@pytest.mark.slow
 def test_a_sweep_lists_every_job_best_first(sweep_page: Page, sweep: Path) -> None:
     comparison = compare(sweep)
     assert [text for text in sweep_page.inside("a") if text.isdigit()] == [job.name for job in comparison.ranked]

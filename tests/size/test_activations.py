@@ -50,13 +50,13 @@ def kept_bytes(config: ElaraConfig) -> int:
     return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in before)
 
 
-@pytest.mark.thorough(1, "slow")
+@pytest.mark.slow
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_plain_estimate_is_within_a_percent(config: ElaraConfig) -> None:
     assert activation_bytes(config).plain == pytest.approx(kept_bytes(config), rel=0.01)
 
 
-@pytest.mark.thorough(1, "slow")
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [VARIANTS["all ideas"], VARIANTS["stack order"]], ids=["block", "stack"])
 def test_checkpointed_estimate_is_within_ten_percent(config: ElaraConfig) -> None:
     estimate = activation_bytes(config)

@@ -118,7 +118,7 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.thorough(8, "slow")
+@pytest.mark.thorough(4, "slow")
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
 def test_a_mistake_is_one_line_that_names_it(cli: Call, arguments: tuple[str, ...], tmp_path: Path) -> None:
     code, out, err = cli(*arguments)

@@ -127,7 +127,7 @@ def test_the_tables_hold_every_trial(tmp_path: Path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.thorough(3, "slow")
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 @pytest.mark.parametrize("kind", ["many", "few", "one", "pruned", "failed"])
 def test_pictures_are_drawn_of_whatever_there_is(tmp_path: Path, kind: str, direction: str):

@@ -46,7 +46,8 @@ def unbroken(session_home) -> Path:
     return session_home.only_run("unbroken")
 
 
-@pytest.mark.parametrize(("micro", "step"), [pytest.param(9, 3, marks=pytest.mark.slow), (13, 5)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("micro", "step"), [(9, 3), (13, 5)])
 def test_a_run_that_a_callback_ends_is_saved_at_a_whole_step_and_goes_on_exactly(
     home, unbroken: Path, micro: int, step: int
 ) -> None:

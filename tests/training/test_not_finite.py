@@ -154,6 +154,7 @@ def taught(home, name, teacher, *overrides):
     return home.call(*short(home, f"name={name}", *given, *overrides))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opinions", ["stored", "live"])
 def test_a_teacher_without_numbers_is_named(home, teachers, opinions):
     stored = set(home.path.glob("data/prepared/*/teachers/*-*"))

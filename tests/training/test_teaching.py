@@ -228,6 +228,7 @@ def test_several_teachers_share_by_weight_or_by_who_knows_the_text(teacher: Teac
     assert Teaching(pair, DistillConfig()).figures(drafts=True) == ["a", "b", "a_diffusion", "b_diffusion"]
 
 
+@pytest.mark.slow
 def test_what_the_student_writes_is_judged_by_the_teacher_alone(teacher: Teacher, prepared: Prepared) -> None:
     backend = teacher.backend
     assert isinstance(backend, Elara)

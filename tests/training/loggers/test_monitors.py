@@ -95,6 +95,7 @@ def test_wandb_knows_name_tags_and_settings_by_key(logged: SimpleNamespace) -> N
     assert log.config["hardware"] == summary["hardware"]
 
 
+@pytest.mark.slow
 def test_wandb_has_every_figure_once_as_in_metrics_csv(logged: SimpleNamespace) -> None:
     history = by_step(logged.log.history)
     assert list(history) == list(logged.figures) == list(range(1, 25))
@@ -103,6 +104,7 @@ def test_wandb_has_every_figure_once_as_in_metrics_csv(logged: SimpleNamespace) 
         assert found == {name: [pytest.approx(value, rel=1e-8)] for name, value in wanted.items()}
 
 
+@pytest.mark.slow
 def test_wandb_draws_all_curves_over_the_step_and_sums_up_by_the_lowest_loss(logged: SimpleNamespace) -> None:
     metrics = logged.log.metrics
     assert all(metrics[f"{part}/*"].step_metric == "step" for part in ("train", "val", "moe", "pictures"))
@@ -115,6 +117,7 @@ def test_wandb_draws_all_curves_over_the_step_and_sums_up_by_the_lowest_loss(log
     }
 
 
+@pytest.mark.slow
 def test_wandb_shows_the_experts_at_the_end(logged: SimpleNamespace) -> None:
     pictures = [row for row in logged.log.history if "pictures" in str(row)]
     assert [row["step"] for row in pictures] == [24]  # the one at the end: the run is too short for more
@@ -125,6 +128,7 @@ def test_wandb_shows_the_experts_at_the_end(logged: SimpleNamespace) -> None:
         assert (logged.log.folder / "files" / shown["path"]).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_table_of_samples_grows(logged: SimpleNamespace) -> None:
     tables = [(row["step"], row["samples"]) for row in logged.log.history if "samples" in row]
     assert [(step, table["nrows"]) for step, table in tables] == [(8, 1), (16, 2), (24, 3)]
@@ -135,6 +139,7 @@ def test_the_table_of_samples_grows(logged: SimpleNamespace) -> None:
         assert block.rstrip("\n") == f"{step} ====\n[{prompt}]{text}".rstrip("\n")
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_an_artifact_without_the_trainers_state(logged: SimpleNamespace) -> None:
     (model,) = [artifact for artifact in logged.log.artifacts if artifact.type == "model"]
     best = Run(logged.run).best.resolve()
@@ -157,6 +162,7 @@ def json_metrics(folder: Path) -> dict[str, float]:
     return metrics
 
 
+@pytest.mark.slow
 def test_the_run_ends_well_and_says_how_to_upload(logged: SimpleNamespace) -> None:
     assert (logged.log.exit_code, logged.log.preempting) == (0, False)
     (line,) = [line for line in logged.stdout.splitlines() if "wandb sync" in line]
@@ -178,6 +184,7 @@ def scalars(events: Any) -> dict[int, dict[str, list[float]]]:
     return dict(sorted(found.items()))
 
 
+@pytest.mark.slow
 def test_tensorboard_has_every_figure_once_as_in_metrics_csv(logged: SimpleNamespace) -> None:
     wanted = {
         step: {name: [pytest.approx(value, rel=1e-6)] for name, value in row.items()}  # TensorBoard keeps 32 bits
@@ -186,6 +193,7 @@ def test_tensorboard_has_every_figure_once_as_in_metrics_csv(logged: SimpleNames
     assert scalars(board(logged.run)) == wanted
 
 
+@pytest.mark.slow
 def test_tensorboard_has_settings_samples_and_pictures(logged: SimpleNamespace) -> None:
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
