@@ -130,9 +130,9 @@ def test_a_teacher_that_only_fails_is_given_up_soon(collector, oracle):
 def test_time_is_bounded(collector, oracle):
     server = oracle(delay=0.3)
     teacher = collector.teachers(oracle=server, settings={"concurrency": 1})
-    code, out, _ = collector(collector.ask([f"{i}?" for i in range(200)]), teacher, "minutes=0.02")
+    code, out, _ = collector(collector.ask([f"{i}?" for i in range(200)]), teacher, "minutes=0.1")
     assert code == 0
-    assert 1 <= len(collector.rows()) <= 8
+    assert 1 <= len(collector.rows()) <= 21
     assert "not asked" in out
     assert "the same command goes on" in out
 
