@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
 from elara.model import ElaraLM, draw_section
@@ -27,6 +28,11 @@ VARIANTS = {
 }
 
 
+def held() -> list[Tensor]:
+    """Every tensor of this process but those without storage, which compiling leaves behind."""
+    return [found for found in gc.get_objects() if type(found) in (Tensor, Parameter)]
+
+
 def kept_bytes(config: ElaraConfig) -> int:
     """Bytes alive between forward and backward: what autograd saved, and what checkpointing holds on to."""
     model = ElaraLM(config)
@@ -35,7 +41,7 @@ def kept_bytes(config: ElaraConfig) -> int:
     if config.tidar.block_length:
         section, _ = draw_section(tokens, config.tidar, 63, torch.Generator().manual_seed(0))
     gc.collect()
-    before = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, Tensor)}
+    before = {tensor.untyped_storage().data_ptr() for tensor in held()}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -44,9 +50,9 @@ def kept_bytes(config: ElaraConfig) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(tokens, section=section).hidden.sum()
-    for held in gc.get_objects():  # inputs of checkpointed blocks hang in Python closures, unseen by the hooks
-        if isinstance(held, Tensor) and held is not loss:
-            keep(held)
+    for tensor in held():  # inputs of checkpointed blocks hang in Python closures, unseen by the hooks
+        if tensor is not loss:
+            keep(tensor)
     return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in before)
 
 
