@@ -150,7 +150,7 @@ def run_ranks(command: Sequence[str], count: int, resume: str) -> int:
     with tempfile.TemporaryDirectory(prefix="elara-ranks-") as errors:
         shared = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(count),
             "NODE_RANK": "0",
             ERRORS: errors,
@@ -268,7 +268,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

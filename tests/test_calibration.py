@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 
 import pytest
 import torch
 
-from elara import calibration
 from elara.calibration import controller_for
 from elara.checkpoint import Loaded
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
-from elara.decoding import calibrate
 from elara.decoding.controller import candidates
 from elara.model import ElaraLM
 from elara.tokenizer.char import CharTokenizer
@@ -21,7 +18,6 @@ from elara.tokenizer.char import CharTokenizer
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("ELARA_HOME", str(tmp_path))
-    monkeypatch.setattr(calibration, "calibrate", partial(calibrate, seconds=0.1))
     return tmp_path
 
 
@@ -38,6 +34,7 @@ def costs(model, **options):
     return controller.costs
 
 
+@pytest.mark.slow
 def test_costs_are_kept_by_what_they_depend_on(home):
     model = loaded()
     first = costs(model)
@@ -53,6 +50,7 @@ def test_costs_are_kept_by_what_they_depend_on(home):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_measured_anew(home):
     model = loaded()
     costs(model)
@@ -69,6 +67,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_else(home):
     assert len(costs(loaded()).seconds) == len(candidates(2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
 def test_nor_does_a_full_disk(home):
     model = loaded()

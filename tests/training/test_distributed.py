@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elara import checkpoint
+from elara import checkpoint, launch
 from elara.errors import EXIT_SAVED, ElaraError
 from elara.runs import Run
 from tests.conftest import alive, descendants, make_text
@@ -45,9 +44,7 @@ SHAPES = {
 
 def together(home, *overrides: str) -> Done:
     """Two ranks as the tasks of a SLURM step, which are forked both; what the first one said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(launch.free_port())
     slurm = {
         "SLURM_JOB_ID": port, "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "elara", "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",

@@ -451,6 +451,8 @@ def test_a_copied_run_goes_on_and_is_found(home, whole: Path, kind: str) -> None
     assert done.returncode == 0, done.stderr
     same_run(home, run.path, whole)
     assert all(re.fullmatch(r"step-\d+|last|best", path.name) for path in run.last.parent.iterdir())
+
+
 @pytest.mark.slow
 def test_a_hangup_saves_unless_it_is_ignored(home, monkeypatch: pytest.MonkeyPatch) -> None:
     """The terminal of a run on another machine is gone; under nohup that is no news."""

@@ -82,11 +82,10 @@ def _log_in(package: Any, *, must: bool) -> bool:
         return False
     reason = "there is no key: run `wandb login`"
     try:
-        if _has_key(package.setup().settings):
-            _check_reachable(package.setup().settings.base_url)
+        _check_reachable(package)
         if package.login(prompt=False):
             return True
-    except (package.errors.Error, OSError) as error:
+    except package.errors.Error as error:
         reason = str(error).splitlines()[0]
         if not must:
             print(f"note: wandb goes on offline, {reason}", flush=True)
@@ -105,16 +104,20 @@ def _has_key(settings: Any) -> bool:
         return False
 
 
-def _check_reachable(address: str) -> None:
-    """Raise OSError at once where wandb itself would try for minutes. What goes through a proxy is left to wandb."""
-    parts = urlsplit(address)
-    host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
-    if parts.scheme in getproxies() and not proxy_bypass(host):
+def _check_reachable(package: Any) -> None:
+    """Raise wandb's own error at once where it would try for minutes: there is a key, but no server.
+
+    What goes through a proxy is left to wandb.
+    """
+    settings = package.setup().settings
+    parts = urlsplit(settings.base_url)
+    host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    if not _has_key(settings) or (parts.scheme in getproxies() and not proxy_bypass(host)):
         return
     try:
         socket.create_connection((host, port), timeout=REACH).close()
     except OSError as error:
-        raise OSError(f"{address} cannot be reached ({error.strerror or error})") from error
+        raise package.errors.CommError(f"{settings.base_url} cannot be reached ({error.strerror or error})") from error
 
 
 class WeightsAndBiases(Monitor):

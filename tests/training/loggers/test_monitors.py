@@ -295,7 +295,7 @@ def test_an_interrupted_run_is_marked_so_and_goes_on(
 def sync(run: Path, server: Server) -> None:
     command = [str(Path(sys.executable).with_name("wandb")), "sync", str(run / "wandb")]
     environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=run, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0 and "ERROR" not in done.stderr, done.stderr
 
 
