@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shlex
@@ -60,6 +61,8 @@ def wandb(
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb as package  # heavy, an extra, and wanted only here
+
+        importlib.import_module("wandb.errors")  # a folder called wandb, as it leaves them where it runs, is no package
     except ModuleNotFoundError as error:
         raise ElaraError("logger=wandb needs the package wandb: pip install 'elara-hivemind[wandb]'") from error
     first = getattr(rank_zero_only, "rank", 0) in (None, 0)  # other ranks log nothing
