@@ -64,7 +64,7 @@ test: $(DEV) ## the fast tests, with the coverage of model and decoding
 test-all: test counterparts ## the fast tests, then the slow ones and those with a real counterpart
 	@$(PY) -m pytest -m "slow and not long" $(PARALLEL)
 
-test-long: $(DEV) ## further cases of slow tests, and 200 random ways through resuming: about an hour
+test-long: $(DEV) ## further cases of slow tests, and 200 random ways through resuming
 	@$(PY) -m pytest -m long $(PARALLEL)
 
 # Programs that the tests compare with. Where one cannot be installed, the tests that need it say so and are skipped.
