@@ -58,6 +58,9 @@ collect: $(DEV) ## ask teachers and keep what they answer: ARGS="prompts.path=qu
 bench: $(CORE) ## measure the promised speed ratios, each beside its reference
 	@$(PY) -m elara.bench $(ARGS)
 
+# The tests start hundreds of processes: where this is set, each of them would compile every module anew.
+test test-all test-long: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(DEV) ## the fast tests, with the coverage of model and decoding
 	@$(PY) -m pytest -m "not slow and not long" $(PARALLEL) --cov --cov-report=term
 

@@ -62,6 +62,7 @@ def test_a_damaged_file_is_measured_anew(home):
         assert costs(model) == again, "and mended"
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_costs_nothing_else(home):
     (home / "data").write_text("a file where a folder should be")
     assert len(costs(loaded()).seconds) == len(candidates(2))

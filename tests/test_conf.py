@@ -70,7 +70,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> forks.Done:
     return forks.run(*arguments, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"})
 
 
-@pytest.mark.thorough(15, "slow")
+@pytest.mark.thorough(6, "slow")
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
     config = composed(f"{group}={option}")
@@ -98,6 +98,7 @@ def test_every_entry_point_prints_its_configuration_and_writes_nothing(module: s
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_large_model_composes_from_the_command_line() -> None:
     done = run("elara.train", "model=elara_2p8b", "trainer=ddp", "--cfg", "job")
     assert done.returncode == 0
@@ -110,6 +111,7 @@ def test_a_name_in_a_list_of_teachers_is_named_with_its_choices() -> None:
     assert done.stderr.startswith("error: there is no teacher=olama (did you mean 'ollama'?); choices: airllm, elara, ")
 
 
+@pytest.mark.thorough(3, "slow")
 @pytest.mark.parametrize("module", ["elara.train", "elara.verify"])
 @pytest.mark.parametrize(
     ("override", "expected"),
@@ -165,6 +167,7 @@ def test_the_check_for_explanations_can_fail() -> None:
     assert list(unexplained("size: 3  # why\n")) == [(1, "size: 3  # why")]
 
 
+@pytest.mark.thorough(2, "slow")
 @pytest.mark.parametrize("option", options("model"))
 def test_sizes_are_what_their_names_say(option: str) -> None:
     key, low, high = {
@@ -185,7 +188,7 @@ def test_switching_the_diffusion_head_off_leaves_the_rest() -> None:
     assert "diffusion head" not in report["parameters"]
 
 
-@pytest.mark.thorough(8, "slow")
+@pytest.mark.thorough(4, "slow")
 @pytest.mark.parametrize(
     ("moe", "trm", "tidar"), itertools.product(options("moe"), options("trm"), options("tidar")), ids="-".join
 )
@@ -195,6 +198,7 @@ def test_every_combination_of_ideas_trains(moe: str, trm: str, tidar: str) -> No
     assert smoke_check(architecture(config)).problems == []
 
 
+@pytest.mark.thorough(2, "slow")
 @pytest.mark.parametrize("schedule", options("schedule"))
 @pytest.mark.parametrize("optimizer", options("optimizer"))
 def test_optimizers_and_schedules_instantiate(optimizer: str, schedule: str) -> None:
@@ -206,6 +210,7 @@ def test_optimizers_and_schedules_instantiate(optimizer: str, schedule: str) -> 
     assert factor(999) < factor(400) <= 1
 
 
+@pytest.mark.thorough(2, "slow")
 @pytest.mark.parametrize("option", options("trainer"))
 def test_trainers_instantiate_or_say_what_is_missing(option: str) -> None:
     config = composed(f"trainer={option}")
@@ -220,6 +225,7 @@ def test_trainers_instantiate_or_say_what_is_missing(option: str) -> None:
         assert instantiate(config.trainer, precision="32-true", num_nodes=1).max_steps == config.trainer.max_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["logger", "callbacks"])
 def test_loggers_and_callbacks_instantiate(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # no account of the developer's is used
@@ -231,6 +237,7 @@ def test_loggers_and_callbacks_instantiate(group: str, tmp_path: Path, monkeypat
         assert bool(made) == (option != "none")
 
 
+@pytest.mark.thorough(3, "slow")
 @pytest.mark.parametrize("option", options("tokenizer"))
 def test_tokenizers_instantiate_or_say_what_is_missing(option: str, tmp_path: Path) -> None:
     wanted = OmegaConf.to_object(composed(f"tokenizer={option}").tokenizer)
@@ -247,6 +254,7 @@ def test_tokenizers_instantiate_or_say_what_is_missing(option: str, tmp_path: Pa
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.thorough(4, "slow")
 @pytest.mark.parametrize("option", options("data"))
 def test_data_modules_instantiate(option: str, tmp_path: Path) -> None:
     config = composed(f"data={option}")

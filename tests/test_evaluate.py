@@ -92,7 +92,7 @@ def test_a_mistake_is_one_line(home, overrides, message):
     assert not any(folder for folder in (home / "outputs").glob("evaluate/*") if not any(folder.iterdir()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fewer_bits_hardly_cost_a_trained_model(tmp_path):
     """From training to figures: within 0.02 nats of float32 in every precision, by paired difference."""
     environment = {**os.environ, "ELARA_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}

@@ -84,6 +84,7 @@ def test_a_signal_reaches_every_rank_once_and_the_code_says_that_all_have_saved(
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["asked", "asked"]
 
 
+@pytest.mark.slow
 def test_a_process_ends_when_the_one_that_started_it_is_gone(tmp_path: Path) -> None:
     child = (
         "import os, sys, time; sys.path.insert(0, sys.argv[1]); from elara import launch\n"

@@ -90,6 +90,7 @@ def test_a_mistake_in_a_sweep_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.glob("outputs/sweeps/*/*"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_users_is_never_removed(cli, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it", "utf-8")
@@ -103,6 +104,7 @@ def test_ranks_of_torchrun_do_not_start_sweeps(cli, monkeypatch: pytest.MonkeyPa
     assert code == 1 and "run it without torchrun or srun" in err
 
 
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine has a GPU")
 @pytest.mark.parametrize("trainer", ["gpu", "ddp", "fsdp"])
 def test_a_missing_gpu_is_named(cli, trainer: str) -> None:

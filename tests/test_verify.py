@@ -1,9 +1,9 @@
 """`python -m elara.verify` as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -70,15 +70,16 @@ def test_unknown_vocabulary_is_asked_for() -> None:
 
 
 @pytest.mark.slow
-def test_large_model_takes_about_a_second_of_work() -> None:
-    """Beside starting Python and importing torch; the best of several, for other work may run on the machine."""
+def test_large_model_takes_less_work_than_importing_torch() -> None:
+    """In processor time, the least of several in turn: other work may run on the machine."""
 
-    def best(*command: str) -> float:
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
-            times.append(time.perf_counter() - begin)
-        return min(times)
+    def processor_time(*command: str) -> float:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return used.ru_utime + used.ru_stime
 
-    assert best("-m", "elara.verify", "model=elara_2p8b") - best("-c", "import torch") < 1.5
+    large = ("-m", "elara.verify", "model=elara_2p8b")
+    times = [(processor_time(*large), processor_time("-c", "import torch")) for _ in range(3)]
+    assert min(time for time, _ in times) < 2 * min(time for _, time in times)

@@ -46,6 +46,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("chat"), ByteTokenizer(), chat=True)
 
 
+@pytest.mark.slow
 def test_a_model_without_chat_continues_the_last_message(plain: Path) -> None:
     loaded, backend = checkpoint.load(plain), Elara(str(plain), device="cpu", batch_size=2)
     found = dict(backend.answers(CHATS, GREEDY))

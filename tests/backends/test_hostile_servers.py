@@ -321,7 +321,7 @@ def test_ctrl_c_ends_a_process_that_waits_for_a_silent_server(api: str) -> None:
         assert err.rstrip().endswith("KeyboardInterrupt")
 
 
-@pytest.mark.thorough(1, "slow")
+@pytest.mark.slow
 def test_requests_are_spaced_as_the_limit_says(api: str) -> None:
     with hostile(GOOD) as server:
         made = backend(api, server.address, requests_per_minute=60, deadline=1.9, concurrency=4)

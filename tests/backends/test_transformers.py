@@ -128,6 +128,7 @@ def test_sampling_follows_the_seed_and_leaves_the_global_state_alone(backend: Tr
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_samples_have_the_frequencies_of_the_distribution(backend: Transformers, reference: Any, theirs: Any) -> None:
     """The first token of many answers, each from its own seed."""
     ids = theirs.apply_chat_template(CHATS[0], add_generation_prompt=True, return_tensors="pt", return_dict=False)

@@ -73,6 +73,7 @@ def test_teachers_work_side_by_side_and_their_disagreement_is_kept(collector, or
     assert "a and b: 0.12 over 8 prompts" in out
 
 
+@pytest.mark.slow
 def test_share_asks_one_teacher_per_prompt_by_weight(collector, oracle):
     heavy, light = oracle(), oracle()
     prompts = [f"{i}?" for i in range(100)]
@@ -159,6 +160,7 @@ def test_while_one_collects_a_second_is_refused_and_ctrl_c_saves(collector, orac
     assert all(count == 1 for count in server.asked.values())
 
 
+@pytest.mark.slow
 def test_passages_of_a_data_set_are_asked_about(collector, oracle):
     server = oracle()
     (collector.home / "bees.txt").write_text(" ".join(f"Bee {i} and the other bees fly." for i in range(200)))
@@ -179,6 +181,7 @@ def test_passages_of_a_data_set_are_asked_about(collector, oracle):
     assert [row["weight"] for row in collector.rows()] == [2.0] * 3
 
 
+@pytest.mark.slow
 def test_filtering_anew_asks_nobody(collector, oracle):
     server = oracle(lambda q: "As an AI, I cannot" if "x" in q else "Yes, that is so.")
     collector(collector.ask(["x?", "y?"]), collector.teachers(oracle=server))

@@ -37,5 +37,5 @@ def test_ten_kills_in_a_run_of_200_prompts_lose_and_repeat_nothing(collector, or
     assert len({row["id"] for row in rows}) == 200
     assert [row["id"] for row in collector.rows("kept.jsonl")] == [row["id"] for row in rows]
     repeated = server.asked.total() - 200
-    assert repeated <= 10 * concurrency, "what was in flight at a kill, and nothing else"
+    assert repeated <= 10 * 2 * concurrency, "what was in flight at a kill or had just come, and nothing else"
     assert max(server.asked.values()) <= 3

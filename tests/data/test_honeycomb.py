@@ -124,6 +124,7 @@ def test_what_the_user_wanted_takes_the_place_of_the_last_answer_however_that_wa
         assert weights == {0.0, 2.0}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(st.tuples(st.floats(0.2, 4), st.floats(0, 4), st.floats(0, 4)))
 def test_mixing_weights_say_how_often_and_leave_the_validation_part_alone(tmp_path_factory, weights):
@@ -382,6 +383,7 @@ def test_a_question_without_passages_stays_as_it_is():
     assert question_with(["one", "two"], "why?") == "Passages:\n[1] one\n[2] two\n\nQuestion: why?"
 
 
+@pytest.mark.slow
 def test_memory_trains_a_model_and_a_typo_is_an_error(write, home):
     data = write(memory(100))
     tiny = [part for part in TINY if not part.startswith(("data=", "callbacks."))]

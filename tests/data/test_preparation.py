@@ -143,6 +143,7 @@ def test_large_vocabularies_take_uint32(corpus, tmp_path):
     assert prepared.tokenizer.decode(prepared.val.tokens[-2:].tolist()) == "\U00019ffe\U00019fff"
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_nothing_behind_that_is_used(tmp_path):
     corpus, root = tmp_path / "my.txt", tmp_path / "data"
     corpus.write_text("All work and no play makes Jack a dull boy.\n" * 1_000_000)  # about a second's work

@@ -30,6 +30,7 @@ def test_a_scene_becomes_names_and_lines():
     )
 
 
+@pytest.mark.slow
 def test_the_whole_corpus_is_there(plays):
     assert len(plays) == 38
     assert 4.7e6 < sum(map(len, plays.values())) < 4.9e6

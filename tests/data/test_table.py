@@ -98,6 +98,7 @@ def test_char_vocabulary_comes_from_all_documents(folder, tmp_path):
     assert set("é日👩lorem #") <= set(run(folder, tmp_path / "data", "char").tokenizer.characters)
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on_with_its_finished_parts(folder, tmp_path):
     for shard in range(3):
         columns = pa.table({"text": documents(700, shard)})

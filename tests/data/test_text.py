@@ -31,6 +31,7 @@ def test_a_file_is_split_90_to_10_by_characters(tmp_path, length):
     assert both.train.ends.tolist() == [len(both.train)]
 
 
+@pytest.mark.slow
 def test_long_files_are_cut_without_changing_tokens(tmp_path, monkeypatch, gpt2_path):
     parts = ["word", "word's", "  ", " ", "\n", "\n\n", "\t", "é", "日本", "👩", "...", "12", "\r\n"]
     text = "".join(random.Random(1).choices(parts, k=20000)) + "x" * 2000

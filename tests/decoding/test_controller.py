@@ -66,6 +66,7 @@ PRICES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(PRICES, st.lists(st.booleans(), min_size=1, max_size=60), st.integers(200, 500))
 @example(linear(0.05), [True] * 59 + [False] * 1, 300)
 @example(linear(0.05), [True] * 30 + [False] * 30, 300)
@@ -138,9 +139,9 @@ def simulated_rate(costs, think, talk, chances, steps=20_000):
     return tokens / seconds
 
 
-@pytest.mark.thorough(5, "slow")
+@pytest.mark.thorough(5, "long")
 @pytest.mark.parametrize("chances", [[0.95] * 7, [0.8] * 7, [0.6] * 7, [0.3] * 7, [0.9, 0.8, 0.3, 0.2, 0.1, 0.1, 0.1]])
-@pytest.mark.parametrize("longest", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("longest", [4, 8])
 @pytest.mark.parametrize("price", [(0.02, 0.01), (0.1, 0.0), (0.05, 0.03), (0.4, 0.1)])
 def test_its_plan_is_the_best_of_all_that_were_tried_out(longest, price, chances):
     """Every length with every set of groups that has a price, simulated: none beats the one that it chooses."""

@@ -181,7 +181,7 @@ def test_float32_differs_by_ties_alone(make_model, write):
 
 
 @pytest.mark.slow
-@pytest.mark.thorough(6, "long")
+@pytest.mark.thorough(3, "long")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", MODELS)
 def test_hundreds_of_texts_of_200_tokens(make_model, write, name, dtype):

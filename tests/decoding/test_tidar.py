@@ -105,7 +105,7 @@ def test_under_a_controller_and_with_a_chain_too(models, write, costs, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.thorough(8, "long")
+@pytest.mark.thorough(4, "long")
 @pytest.mark.parametrize("chain", [False, True])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("pace", [None, 1, Changing, Controller])

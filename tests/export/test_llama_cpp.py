@@ -224,7 +224,7 @@ def trained_source(trained: Path) -> Source:
     return open_source(runs.find_checkpoint(trained))
 
 
-@pytest.mark.thorough(5, "long")
+@pytest.mark.thorough(3, "long")
 @pytest.mark.parametrize("kind", FILE_TYPES)
 def test_a_trained_model_keeps_its_loss(
     trained_source: Source, session_home: Home, tmp_path: Path, llama_library: Library, kind: str

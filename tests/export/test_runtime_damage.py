@@ -177,6 +177,7 @@ def test_weights_that_are_no_numbers_are_refused(good: Path) -> None:
         list(Elara.load(changed(good, bytes(data)), use_torch=False).ids([0], 3))
 
 
+@pytest.mark.slow
 def test_hundreds_of_altered_headers(good: Path) -> None:
     assert fuzz(good, 400) > 100
 

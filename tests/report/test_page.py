@@ -171,6 +171,7 @@ def test_nothing_from_outside_is_taken_for_html(copy: Run, tmp_path: Path) -> No
         assert NASTY in page.inside("pre")[0] and page.text.count(NASTY) >= 5 and not page.all("img")
 
 
+@pytest.mark.slow
 def test_a_run_that_still_trains(copy: Run) -> None:
     summary = copy.read_summary() | {"finished": False, "steps": 0, "metrics": {}}
     copy.summary.write_text(json.dumps(summary), "utf-8")
@@ -213,6 +214,7 @@ def test_a_sweep_lists_every_job_best_first(sweep_page: Page, sweep: Path) -> No
     assert f"{best.mean:.3f} ± {best.deviation:.3f}" in sweep_page.inside("text")
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_failures_and_every_run(sweep_page: Page) -> None:
     assert any("there is no moe=other" in text for text in sweep_page.inside("pre"))
     assert "This job never began." in sweep_page.text
@@ -274,6 +276,7 @@ def test_the_command_finds_runs_and_sweeps_by_folder_and_name(call: Call, run: R
         assert err == f"reading {folder.relative_to(home)}\n"
 
 
+@pytest.mark.slow
 def test_a_folder_called_like_a_run_does_not_hide_it(call: Call, run: Run, home: Path) -> None:
     (home / "bees").mkdir(exist_ok=True)
     assert call("bees")[0] == 0

@@ -185,7 +185,7 @@ GRIDS: dict[str, list[list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.thorough(2, "slow")
+@pytest.mark.thorough(1, "slow")
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_picture_holds_every_kind_of_sweep(made_up: Made, grid: str) -> None:
     jobs = [(overrides, 2 + 0.01 * (i * 5 % 7)) for i, overrides in enumerate(GRIDS[grid])]

@@ -37,7 +37,7 @@ def configuration(cli: Call, *arguments: str) -> dict:
     return yaml.safe_load(out)
 
 
-@pytest.mark.thorough(1, "slow")
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_searches_what_elara_train_knows(cli: Call, option: str) -> None:
     config = configuration(cli, f"search={option}")

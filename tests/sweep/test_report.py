@@ -98,6 +98,7 @@ def test_pruning_does_not_hide_what_matters():
     assert shares is not None and shares[0].key == "optimizer.lr" and shares[0].share > 0.7
 
 
+@pytest.mark.slow
 def test_the_tables_hold_every_trial(tmp_path: Path):
     records = [record(0, value=2.5, seconds=100), record(1, "pruned", 4.0, steps=20, seconds=40), record(2, value=2.25),
                record(3, "failed", None, error="train/loss is nan at step 10, a | b")]  # fmt: skip

@@ -79,8 +79,8 @@ def test_a_hopeless_trial_is_pruned_early(searches: Searches):
 
 
 def test_a_search_that_is_stopped_or_killed_leaves_nothing_behind_and_goes_on_exactly(searches: Searches):
-    options = [*PLAIN, "trials=5", "jobs=2", RATE]
-    long = ("trainer.max_steps=300", "trainer.val_check_interval=100")
+    options = [*PLAIN, "trials=4", "jobs=2", RATE]
+    long = ("trainer.max_steps=160", "trainer.val_check_interval=80")
     folder = searches.folder("killed")
 
     search = searches.start("killed", *options, trial=long)
@@ -107,11 +107,11 @@ def test_a_search_that_is_stopped_or_killed_leaves_nothing_behind_and_goes_on_ex
     done = searches.run("killed", *options, trial=long)
     assert (done.returncode, done.stderr) == (0, "")
     assert "run again, as their search was killed: " in done.stdout
-    assert counted(folder) == 5
-    assert before < 5
+    assert counted(folder) == 4
+    assert before < 4
     values = [row["optimizer.lr"] for row in rows(folder) if row["state"] == "complete"]
     stopped = [row["optimizer.lr"] for row in rows(folder) if row["state"] == "stopped"]
-    assert len(set(values)) == 5, "no value twice"
+    assert len(set(values)) == 4, "no value twice"
     assert stopped and set(stopped) <= set(values), "and none lost"
 
 

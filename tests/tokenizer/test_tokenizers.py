@@ -96,6 +96,7 @@ def test_gpt2_ids_equal_tiktokens_own(text, gpt2, archive_cache, tmp_path, monke
     assert gpt2.encode(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
+@pytest.mark.slow
 def test_gpt2_takes_very_long_runs_of_space(gpt2):
     for text in ("x" + " " * 10**6 + "y", "\n" * 10**6, "\t" * 10**6 + "\x1c"):
         assert gpt2.decode(gpt2.encode(text)) == text

@@ -90,6 +90,7 @@ def test_samples_after_a_resume_replace_later_ones(tmp_path: Path) -> None:
     assert last_sample(tmp_path / "none.txt") == ""
 
 
+@pytest.mark.slow
 def test_a_run_without_callbacks_leaves_only_its_figures(home) -> None:
     options = home.tiny("name=bare", "callbacks=minimal", "+callbacks.samples.every=2", "trainer.max_steps=2")
     done = home.call(*(option for option in options if not option.startswith("callbacks.")))

@@ -147,6 +147,7 @@ def test_a_run_killed_during_validation_makes_up_for_it(home, whole: Path) -> No
     same_run(home, run.path, whole)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_last_validation_is_finished_when_it_has_made_up_for_it(home, whole: Path) -> None:
     run = Run(copy_as_killed(whole, "last-validation", step=24))
     checkpoint.write_json(run.last / "meta.json", {**checkpoint.read_meta(run.last), "validation_due": True})
@@ -201,6 +202,7 @@ def test_another_architecture_is_refused_by_name(home, whole: Path) -> None:
     assert "has another architecture: model.hidden is 64 there and 96 here" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused(home, whole: Path) -> None:
     copy_as_killed(whole, "retokenized", step=24)
     done = home.call("resume=auto", "name=retokenized", "tokenizer=byte", "model.vocab_size=64")
@@ -285,6 +287,7 @@ def test_a_resumed_run_takes_its_rates_and_decays_from_the_configuration(home, w
     assert {group.get("momentum", 0.7) for group in groups} == {0.7}
 
 
+@pytest.mark.slow
 def test_another_optimizer_is_refused_with_what_to_do(home, whole: Path) -> None:
     run = begun(home, whole, "other-optimizer", 16)
     done = home.call(f"resume={run.path}", "optimizer=adamw")
@@ -432,6 +435,7 @@ def test_a_refusal_deletes_nothing_of_a_run_that_was_killed_while_it_prepared(ho
     assert done.returncode == 1 and traces(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folders", *some_slow("files", "alone")])
 def test_a_copied_run_goes_on_and_is_found(home, whole: Path, kind: str) -> None:
     """Copies make folders of the links `last` and `best` (scp -r), or files with a name in them (no links there)."""
