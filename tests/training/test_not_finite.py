@@ -154,19 +154,25 @@ def taught(home, name, teacher, *overrides):
     return home.call(*short(home, f"name={name}", *given, *overrides))
 
 
+def stored(home):
+    """Folders of what teachers said of a text."""
+    return {folder for folder in home.path.glob("data/prepared/*/teachers/*-*") if folder.is_dir()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("opinions", ["stored", "live"])
 def test_a_teacher_without_numbers_is_named(home, teachers, opinions):
-    stored = set(home.path.glob("data/prepared/*/teachers/*-*"))
+    before = stored(home)
     done = taught(home, f"taught-{opinions}", teachers["spoiled"], f"distill.opinions={opinions}")
     one_line(done, "teachers.elara says nan")
-    assert {p for p in home.path.glob("data/prepared/*/teachers/*-*") if p.is_dir()} <= stored
+    assert stored(home) <= before
 
 
 @pytest.mark.slow
 def test_what_an_earlier_version_stored_of_it_is_thrown_away(home, teachers):
+    before = stored(home)
     assert taught(home, "taught-well", teachers["sound"]).returncode == 0
-    (folder,) = {file.parent for file in home.path.glob("data/prepared/*/teachers/elara-*/manifest.json")}
+    (folder,) = stored(home) - before
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest.pop("checked") is True  # it is looked through once
     (folder / "manifest.json").write_text(json.dumps(manifest))
