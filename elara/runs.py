@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -176,6 +177,15 @@ def shown(path: Path) -> str:
         return str(path)
 
 
+def python() -> str:
+    """How the user would type the Python that runs this: its path where `python` is another one or none."""
+    ours = Path(sys.executable)
+    found = shutil.which("python")
+    if found is not None and Path(found).parent.resolve() == ours.parent.resolve():
+        return "python"
+    return shlex.quote(shown(ours))
+
+
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, also while others, on whatever machine, write the same one."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
@@ -304,7 +314,7 @@ def _best_of(run: Run) -> Path | None:
 
 
 def _nothing(message: str) -> Path:
-    raise ElaraError(f"{message}: train one with `python -m elara.train` first")
+    raise ElaraError(f"{message}: train one with `{python()} -m elara.train` first")
 
 
 def claim(folder: Path) -> IO[str]:

@@ -15,7 +15,7 @@ from elara import launch
 from elara.cli import check_effect, check_numbers, config_options, config_path, guard, hydra_main, register_resolvers
 from elara.errors import ElaraError
 from elara.overrides import is_override, quoted, without
-from elara.runs import Run
+from elara.runs import Run, python
 from elara.sweep import multirun
 from elara.training import resume
 from elara.training.config import register
@@ -56,7 +56,8 @@ def _start_ranks(count: int, here: Run) -> NoReturn:
     overrides = [*hydra.overrides.task, *without(hydra.overrides.hydra, "hydra.run", "hydra.mode")]
     place = f"hydra.run.dir={quoted(str(here.path))}"
     command = [sys.executable, "-m", "elara.train", *config_options(), *overrides, place]
-    raise SystemExit(launch.run_ranks(command, count, f"python -m elara.train resume={shlex.quote(str(here.path))}"))
+    go_on = f"{python()} -m elara.train resume={shlex.quote(str(here.path))}"
+    raise SystemExit(launch.run_ranks(command, count, go_on))
 
 
 def rewrite(arguments: list[str]) -> list[str]:

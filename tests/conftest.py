@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; before torch is imported, here and in child processes
 
-from elara import train
+from elara import runs, train
 from elara.errors import ElaraError
 from elara.export.llama_cpp import Library, find_library
 from tests import forks
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTERPARTS = ROOT / ".counterparts"  # made by `make counterparts`
+PYTHON = "python" if runs.python() == "python" else shlex.quote(sys.executable)  # as commands show it in another folder
 
 TINY = [
     "data=text", "model.n_layer=2", "model.n_embd=32", "model.n_head=2", "model.hidden=64", "model.expert_hidden=32",

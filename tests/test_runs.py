@@ -114,9 +114,24 @@ def test_a_checkpoint_without_a_time_of_its_own_has_its_files(home: Path) -> Non
     assert runs.find_runs("bee") == [new, old]
 
 
+def test_commands_name_the_python_that_runs_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By its name where typing it finds it, as in an environment that is activated; else by its path."""
+    ours, other = tmp_path / "my env" / "bin", tmp_path / "bin"
+    for folder in (ours, other):
+        folder.mkdir(parents=True)
+        (folder / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(ours / "python"))
+    monkeypatch.chdir(tmp_path)
+    for path, expected in (
+        (f"{ours}:{other}", "python"), (f"{other}:{ours}", "'my env/bin/python'"), ("", "'my env/bin/python'")
+    ):  # fmt: skip
+        monkeypatch.setenv("PATH", path)
+        assert runs.python() == expected
+
+
 @pytest.mark.parametrize("where", [None, "hornet"])
 def test_a_missing_checkpoint_says_what_to_do(home: Path, where: str | None) -> None:
-    with pytest.raises(ElaraError, match=r"train one with `python -m elara\.train` first"):
+    with pytest.raises(ElaraError, match=r"train one with `.* -m elara\.train` first"):
         runs.find_checkpoint(where)
 
 

@@ -175,7 +175,7 @@ def test_without_a_model_the_way_to_one_is_told(configured, tmp_path, monkeypatc
     monkeypatch.setattr("elara.runs.train_root", lambda: tmp_path)
     config = configured()
     config.checkpoint = None
-    with pytest.raises(ElaraError, match=r"python -m elara\.train"):
+    with pytest.raises(ElaraError, match=r" -m elara\.train"):
         sample(config)
 
 

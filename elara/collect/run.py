@@ -62,7 +62,7 @@ def run(wanted: CollectConfig, *, chosen: bool) -> Path:
     if not in_time:
         console.print(f"time      minutes={wanted.minutes:g} are over; the same command goes on")
     if kept.kept:
-        console.print(f"next      python -m elara.train data=chat data.path={runs.shown(folder / KEPT)}")
+        console.print(f"next      {runs.python()} -m elara.train data=chat data.path={runs.shown(folder / KEPT)}")
     else:
         console.print(f"next      see {runs.shown(folder / REJECTED)}: the filters kept nothing")
     if failed := [t for t in asked if t.dropped is not None or (t.failed and not t.answered + t.before)]:

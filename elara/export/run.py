@@ -97,12 +97,12 @@ def _next(wanted: ExportConfig, source: Source, path: Path, name: str) -> list[s
         ollama.write_modelfile(path, source, tables, temperature=settings.temperature, num_ctx=settings.num_ctx)
         return ollama.commands(shown, name.lower())
     if wanted.format.kind == "compact":
-        return [f'python -m elara.elara {shown} "Once upon"']
-    return [f'llama-cli -m {shown} -p "Once upon"', f'python -m elara.elara {shown} "Once upon"']
+        return [f'{runs.python()} -m elara.elara {shown} "Once upon"']
+    return [f'llama-cli -m {shown} -p "Once upon"', f'{runs.python()} -m elara.elara {shown} "Once upon"']
 
 
 def _command(path: Path) -> str:
-    return f'python -m elara.sample checkpoint={runs.shown(path)} prompt="..."'
+    return f'{runs.python()} -m elara.sample checkpoint={runs.shown(path)} prompt="..."'
 
 
 def _verify(

@@ -10,7 +10,7 @@ from elara.report.comparison import compare, is_comparison
 from elara.report.outcome import Outcome, read_outcome
 from elara.report.run_page import run_body, run_page
 from elara.report.sweep_page import sweep_page
-from elara.runs import Run, find_runs, project_root, sweep_root, train_root, worked_at, write_whole
+from elara.runs import Run, find_runs, project_root, python, sweep_root, train_root, worked_at, write_whole
 
 PAGE = "report.html"
 LARGEST = 4_000_000  # bytes of a page; the runs of a larger sweep get pages of their own
@@ -34,7 +34,7 @@ def find_folder(where: str | None = None) -> Path:
     if found := next((path for path in runs if _reportable(path)), None):
         return found
     if where is None:
-        raise ElaraError(f"there is no run under {train_root()}: train one with `python -m elara.train` first")
+        raise ElaraError(f"there is no run under {train_root()}: train one with `{python()} -m elara.train` first")
     if Path(where).is_dir():
         raise ElaraError(f"{where} is neither a run folder nor a sweep folder, and there is no run of that name")
     raise ElaraError(f"there is no folder '{where}', and no run, sweep or search of that name")

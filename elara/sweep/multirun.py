@@ -28,7 +28,7 @@ from elara.errors import ElaraError, Interrupted
 from elara.launch import child_environment, signals
 from elara.overrides import is_override, key_of, quoted, value_of, without
 from elara.plan import MULTIRUN, is_sweep, read_plan
-from elara.runs import LOCK, Run, claim, project_root, sweep_root, worked_at
+from elara.runs import LOCK, Run, claim, project_root, python, sweep_root, worked_at
 from elara.sweep.cluster import Cluster
 from elara.sweep.process import failure, record
 
@@ -167,7 +167,7 @@ def rewrite(arguments: list[str]) -> list[str]:
 
 def go_on(sweep: Path) -> str:
     """The command that runs what a sweep still lacks."""
-    return f"python -m elara.train sweep.resume={shlex.quote(str(sweep))}"
+    return f"{python()} -m elara.train sweep.resume={shlex.quote(str(sweep))}"
 
 
 def interrupted(sweep: Path) -> Interrupted:

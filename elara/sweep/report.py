@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elara.errors import never_fatal
-from elara.runs import write_whole
+from elara.runs import python, write_whole
 from elara.sweep.config import SearchConfig
 from elara.sweep.importance import LEAST, Importance, importances
 from elara.sweep.overrides import merged, train_command
@@ -36,7 +36,8 @@ def write(
     if top is not None:
         command = best_command(top, fixed)
         write_whole(folder / "best.txt", f"# {wanted.metric} {top.value:.6g}, trial {top.number}\n{command}\n")
-        told += [f"best: trial {top.number}, {wanted.metric} {top.value:.4f}", "", f"  {command}", ""]
+        here = python() + command.removeprefix("python")
+        told += [f"best: trial {top.number}, {wanted.metric} {top.value:.4f}", "", f"  {here}", ""]
     write_whole(folder / "summary.csv", _csv(records, wanted, space))
     pictures: dict[str, bytes] = {}
     with never_fatal("drawing the search's pictures"):

@@ -28,7 +28,7 @@ from elara.errors import ElaraError
 from elara.launch import global_rank, local_ranks, nodes
 from elara.model import ElaraLM
 from elara.overrides import quoted
-from elara.runs import Run, claim, project_root, shown, write_whole
+from elara.runs import Run, claim, project_root, python, shown, write_whole
 from elara.tokenizer import Tokenizer, TokenizerConfig
 from elara.training.beginning import Start, begin, note_changes
 from elara.training.callbacks import Ending
@@ -284,9 +284,9 @@ def report(parts: Parts, here: Run) -> None:
     if here.last.exists():
         prompt = "ROMEO:" if parts.data.data.source == "shakespeare" else ""
         prompt = "What is 37 times 48?" if parts.data.chat else prompt
-        lines.append(f'next: python -m elara.sample checkpoint={shell(shown(here.path))} prompt="{prompt}"')
+        lines.append(f'next: {python()} -m elara.sample checkpoint={shell(shown(here.path))} prompt="{prompt}"')
     if not finished and here.last.exists():
-        lines.append(f"or go on: python -m elara.train resume={shell(shown(here.path))}{_more_time(parts.trainer)}")
+        lines.append(f"or go on: {python()} -m elara.train resume={shell(shown(here.path))}{_more_time(parts.trainer)}")
     print("\n".join(lines), flush=True)
 
 

@@ -20,6 +20,7 @@ from elara.decoding import SamplingConfig, generate, writable
 from elara.errors import ElaraError, NotFinite
 from elara.model import ElaraLM
 from elara.ranges import check_ranges
+from elara.runs import python
 from elara.tokenizer import Tokenizer
 from elara.training.config import DistillConfig
 from elara.training.divergence import KINDS
@@ -193,7 +194,7 @@ def open_teachers(
         if settings["backend"].get("checkpoint", name) is None:
             raise ElaraError(f"teachers.{name}.backend.checkpoint must be given: the newest may be the student's")
         backend: Backend = instantiate(settings["backend"])
-        advice = f"collect its text instead: python -m elara.collect teacher=[{name}]"
+        advice = f"collect its text instead: {python()} -m elara.collect teacher=[{name}]"
         if not backend.capabilities.logits:
             raise ElaraError(f"teachers.{name} gives no log-probabilities of a given text: {advice}")
         projection = None

@@ -18,7 +18,7 @@ from elara.export.config import FORMATS, FormatConfig, QuantizeConfig
 from elara.export.quantize import FILE_TYPES
 from elara.export.verify import Agreement
 from elara.tokenizer.byte import ByteTokenizer
-from tests.conftest import ROOT
+from tests.conftest import PYTHON, ROOT
 from tests.export.conftest import MAKE, config
 
 Call = Callable[..., tuple[int, str, str]]
@@ -52,7 +52,7 @@ def test_the_default_is_an_f16_file_for_llama_cpp(call: Call, tmp_path: Path) ->
 def test_output_names_the_file_or_its_folder(call: Call, tmp_path: Path, output: str, file: str) -> None:
     code, out, err = call("format=compact", "quantize=Q8_0", "name=Bee", f"output={output}")
     assert code == 0, err
-    assert (tmp_path / file).is_file() and file in out and "python -m elara.elara" in out
+    assert (tmp_path / file).is_file() and file in out and f"{PYTHON} -m elara.elara" in out
 
 
 def test_ollama_gets_a_modelfile(call: Call, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from elara.plan import read_plan
 from elara.report.outcome import read_outcome
 from elara.runs import Run
 from elara.sweep.multirun import newest_sweep, rewrite
-from tests.conftest import alive, descendants
+from tests.conftest import PYTHON, alive, descendants
 
 SHORT = ["trainer.max_steps=4", "trainer.val_check_interval=4", "~callbacks.samples", "~callbacks.acceptance"]
 
@@ -154,7 +154,7 @@ def test_an_interrupt_saves_the_job_and_ends_the_sweep(home) -> None:
     assert process.returncode == EXIT_SAVED
     folder = sweep_folder(home, "stopped")
     assert errors.strip().splitlines()[-1] == (
-        f"sweep interrupted; go on with: python -m elara.train sweep.resume={folder}"
+        f"sweep interrupted; go on with: {PYTHON} -m elara.train sweep.resume={folder}"
     )
     assert Run(folder / "0").checkpoints() and not (folder / "1").exists()
 

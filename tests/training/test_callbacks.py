@@ -23,6 +23,7 @@ from elara.training.callbacks.progress import figures_line
 from elara.training.callbacks.samples import last_sample, write_samples
 from elara.training.callbacks.throughput import flops_per_token, peak_flops
 from elara.training.loggers import Monitor
+from tests.conftest import PYTHON
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +73,7 @@ def test_stdout_shows_progress_and_ends_with_what_to_do_next(finished: tuple[Run
     assert re.search(r"^step 5/14  train loss \d.* tokens/s  \d:\d\d left$", out, re.MULTILINE)
     assert re.search(r"^step 12  val loss \d\.\d+ \(ar \d\.\d+, diffusion \d\.\d+\)$", out, re.MULTILINE)
     assert "done: 14 steps, held-out loss" in out and "bits/character" in out
-    assert out.rstrip().splitlines()[-1].startswith("next: python -m elara.sample checkpoint=outputs/train/left/")
+    assert out.rstrip().splitlines()[-1].startswith(f"next: {PYTHON} -m elara.sample checkpoint=outputs/train/left/")
 
 
 def test_samples_are_written_at_every_validation(finished: tuple[Run, str]) -> None:

@@ -19,7 +19,7 @@ import torch
 from elara import checkpoint, launch
 from elara.errors import EXIT_SAVED, ElaraError
 from elara.runs import Run
-from tests.conftest import alive, descendants, make_text
+from tests.conftest import PYTHON, alive, descendants, make_text
 from tests.forks import Done
 
 pytestmark = pytest.mark.slow
@@ -168,7 +168,7 @@ def test_a_killed_rank_ends_the_run_with_one_line_and_resume_is_exact(home, kind
     assert process.returncode == 1 and not any(alive(rank) for rank in ranks)
     last = errors.strip().splitlines()[-1]
     assert last.startswith(f"error: rank 1 (process {ranks[1]}) was killed by SIGKILL")
-    assert last.endswith(f"python -m elara.train resume={run}") and errors.count("error: ") == 1
+    assert last.endswith(f"{PYTHON} -m elara.train resume={run}") and errors.count("error: ") == 1
     done = home.run("resume=auto", f"name=killed-{kind}")
     assert done.returncode == 0 and "going on at step 8 in" in done.stdout
     whole = home.only_run(f"whole-{kind}")

@@ -26,7 +26,7 @@ from elara.training.callbacks import Throughput
 from elara.training.resume import rewrite
 from elara.training.schedules import wsd
 from tests import forks
-from tests.conftest import traces
+from tests.conftest import PYTHON, traces
 
 ACCUMULATE = "trainer.accumulate_grad_batches=2"
 
@@ -250,7 +250,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(home, whole: Path, number: sig
     run = Run(home.only_run(name))
     step = checkpoint.read_meta(run.last)["step"]
     last = errors.strip().splitlines()[-1]
-    assert last == f"interrupted at step {step}, saved; go on with: python -m elara.train resume={run.path}"
+    assert last == f"interrupted at step {step}, saved; go on with: {PYTHON} -m elara.train resume={run.path}"
     done = home.call(f"resume={run.path}", f"trainer.max_steps={step + 1}")
     assert done.returncode == 0 and f"going on at step {step} in" in done.stdout
 
@@ -472,7 +472,7 @@ def test_a_hangup_saves_unless_it_is_ignored(home, monkeypatch: pytest.MonkeyPat
             hang_up.join()
             signal.signal(signal.SIGHUP, usual)
     assert done["nohup"].returncode == 0, done["nohup"].stderr
-    assert done["heard"].returncode == EXIT_SAVED and "saved; go on with: python -m" in done["heard"].stderr
+    assert done["heard"].returncode == EXIT_SAVED and f"saved; go on with: {PYTHON} -m" in done["heard"].stderr
     assert Run(home.only_run("hangup-heard")).last.exists()
 
 

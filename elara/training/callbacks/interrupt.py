@@ -14,6 +14,7 @@ from lightning import Callback, Trainer
 from elara.data.batches import Batch
 from elara.errors import Interrupted
 from elara.launch import global_rank, signals
+from elara.runs import python
 from elara.training.callbacks.agreement import Agreement
 from elara.training.callbacks.checkpoint import saver_of
 
@@ -51,7 +52,7 @@ class Interrupt(Callback):
         if (saver := saver_of(trainer)) is None:
             raise Interrupted(f"interrupted at step {trainer.global_step}; nothing was saved (no checkpoint callback)")
         saver.save(trainer, module)
-        how = f"python -m elara.train resume={shlex.quote(str(saver.run.path))}"
+        how = f"{python()} -m elara.train resume={shlex.quote(str(saver.run.path))}"
         raise Interrupted(f"interrupted at step {trainer.global_step}, saved; go on with: {how}", saved=True)
 
     def teardown(self, trainer: Trainer, module: Any, stage: str) -> None:
