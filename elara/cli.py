@@ -19,10 +19,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
@@ -33,8 +35,9 @@ from omegaconf.errors import OmegaConfBaseException
 from elara import addresses, launch, runs
 from elara.effect import CHOICES, Idle, find_idle, value_at
 from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_UNREAD, ElaraError, Interrupted
+from elara.help import conf_folder, help_text, places
 from elara.output import OutputClosedError, shield
-from elara.overrides import key_of, quoted, readable
+from elara.overrides import is_override, key_of, quoted, readable
 from elara.ranges import check_ranges
 
 Task = Callable[[DictConfig], None]
@@ -104,12 +107,46 @@ def hydra_main(
         if rewrite is not None:
             sys.argv[1:] = rewrite(sys.argv[1:])
         sys.argv[1:] = addresses.hide(readable(sys.argv[1:]))
+        check_options(config_name, sys.argv[1:])
+        if {"--help", "-h"} & set(sys.argv):
+            print(help_text(compose(config_name, sys.argv[1:]), config_name))
+            return
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own words
         main()
     except (Exception, KeyboardInterrupt) as error:
         if full_error:
             raise
         fail(error)
+
+
+def compose(config_name: str, arguments: list[str]) -> DictConfig:
+    """The configuration that a command line asks for, Hydra's own part included."""
+    place, _, module = config_path().partition("pkg://")
+    overrides = [text for text in arguments if is_override(text)]
+    for option, folder in pairwise(arguments):
+        if option in ("--config-dir", "-cd"):
+            overrides.append(f"hydra.searchpath=[{quoted(f'file://{os.path.abspath(folder)}')}]")
+    begun = hydra.initialize_config_module(module, version_base="1.3") if module else (
+        hydra.initialize_config_dir(place, version_base="1.3")
+    )  # fmt: skip
+    with begun:
+        return hydra.compose(config_name, overrides, return_hydra_config=True)
+
+
+def check_options(config_name: str, arguments: list[str]) -> None:
+    """Raise ElaraError for `--max_steps 3`, which other programs take, and name the key that is meant."""
+    known = get_args_parser()._option_string_actions
+    for i, text in enumerate(arguments):
+        option, _, value = text.partition("=")
+        if not text.startswith("--") or any(name.startswith(option) for name in known):
+            continue
+        following = arguments[i + 1 : i + 2]
+        value = value or next((word for word in following if not word.startswith("-") and not is_override(word)), "...")
+        key = option.lstrip("-").replace("-", "_")
+        meant = places(compose(config_name, []), key) or [key]
+        raise ElaraError(
+            f"there is no option {option}: settings are given as key=value, as in {meant[0]}={value}; --help lists them"
+        )
 
 
 def check_numbers(config: DictConfig) -> None:
@@ -263,7 +300,7 @@ def _missing_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     group = group.strip("/")
     # of a group that takes a list Hydra names no options
-    options = error.options or [file.stem for file in (_conf() / group).glob("*.yaml")]
+    options = error.options or [file.stem for file in (conf_folder() / group).glob("*.yaml")]
     if not options or not group:
         return str(error).splitlines()[0]
     choices = sorted(o for o in options if not o.endswith("/"))
@@ -281,7 +318,9 @@ def _bad_value(error: Any) -> str:
     if re.match(r"Key '.*' (is )?not in ", text):
         name = key.rpartition(".")[2]
         listed = f"; keys there: {', '.join(sorted(known))}" if known else ""
-        return f"unknown key '{key}'{nearest(name, known, key[: -len(name)])}{listed}"
+        elsewhere = places(parent._get_root(), name) if isinstance(parent, DictConfig) else []
+        close = f" (did you mean '{elsewhere[0]}'?)" if elsewhere else nearest(name, known, key[: -len(name)])
+        return f"unknown key '{key}'{close}{listed}"
     if "Missing mandatory value" in text or "missing value" in text.lower():
         return f"{key} has no value: give one as {key}=..."
     return f"{key}: {text}" if key and key not in text else text
@@ -296,13 +335,8 @@ def _no_match(text: str) -> str:
     return first
 
 
-def _conf() -> Path:
-    conf = runs.CHECKOUT / "conf"
-    return conf if conf.is_dir() else Path(__file__).parent / "conf"
-
-
 def _top_level() -> list[str]:
-    return [p.name for p in _conf().glob("*/")]
+    return [p.name for p in conf_folder().glob("*/")]
 
 
 def _failed_target(error: InstantiationException) -> str:
