@@ -11,8 +11,7 @@ from elara.export.source import Source
 
 ABOUT_FILES = ("format_version", "tokenizer", "crc32")  # keys of meta.json that every folder has of its own
 CARD = """---
-license: {license}
-library_name: elara
+{front}library_name: elara
 pipeline_tag: text-generation
 tags: [elara, mixture-of-experts, recursion, diffusion-drafting]
 ---
@@ -28,7 +27,9 @@ checkpoints.
 
 ## Use
 
-    pip install elara-hivemind
+In a checkout of Elara + HiveMind:
+
+    pip install .
     python -m elara.sample checkpoint=FOLDER prompt="..."
     python -m elara.export checkpoint=FOLDER quantize=Q8_0    # a file for llama.cpp
 
@@ -38,7 +39,7 @@ from elara import checkpoint
 loaded = checkpoint.load("FOLDER")  # .model, .tokenizer, .config, .meta
 ```
 
-License: {license}
+License: {license}.
 """
 
 
@@ -71,7 +72,8 @@ def model_card(source: Source) -> str:
         experts += f" and {moe.num_shared} shared" if moe.num_shared else ""
     return CARD.format(
         name=about.name,
-        license=about.license,
+        front=f"license: {about.license}\n" if about.license else "",
+        license=about.license or "none was given by those who trained it",
         parameters=about.parameters.total,
         active=about.parameters.active,
         layers=config.model.n_layer,

@@ -20,10 +20,14 @@ QUANTIZATION_VERSION = 2  # of ggml's block formats
 
 @dataclass(frozen=True)
 class About:
-    """Where the weights come from. commit: of the code that trained them; data: in words; step: optimizer steps."""
+    """Where the weights come from.
+
+    license: as whoever trained them gave it, None until then. commit: of the code that trained them; data: in words;
+    step: optimizer steps.
+    """
 
     name: str
-    license: str
+    license: str | None
     commit: str | None
     data: str | None
     step: int
@@ -44,7 +48,8 @@ def write_metadata(
     """Add every key to a writer of this architecture. file_type: llama.cpp's number. template: of chats, Jinja."""
     writer.add_type("model")
     writer.add_name(about.name)
-    writer.add_license(about.license)
+    if about.license:
+        writer.add_license(about.license)
     writer.add_uint64("general.parameter_count", about.parameters.total)
     writer.add_file_type(file_type)
     writer.add_quantization_version(QUANTIZATION_VERSION)

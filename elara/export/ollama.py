@@ -32,8 +32,9 @@ def write_modelfile(path: Path, source: Source, tables: Vocabulary, *, temperatu
         *(f"PARAMETER {name} {value}" for name, value in SAMPLING.items()),
         f"PARAMETER num_ctx {context}",
         f"PARAMETER stop {json.dumps(end)}",
-        f'LICENSE """{source.about.license}"""',
     ]
+    if source.about.license:
+        lines.append(f'LICENSE """{source.about.license}"""')
     write_whole(path.with_name("Modelfile"), "\n".join(lines) + "\n")
 
 

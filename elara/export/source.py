@@ -19,7 +19,6 @@ from elara.model import ElaraLM
 from elara.size.parameters import Part, count_parameters
 from elara.tokenizer import Tokenizer
 
-LICENSE = "mit"  # of this program, and of weights about which nothing else is said
 MAX_LAYERS = 512  # of llama.cpp (LLAMA_MAX_LAYERS)
 MAX_EXPERTS = 512  # the same (LLAMA_MAX_EXPERTS)
 
@@ -87,7 +86,7 @@ def _about(folder: Path, meta: dict[str, Any], config: ElaraConfig, name: str | 
         parts = count_parameters(ElaraLM(config)).values()
     return About(
         name=name or (meta.get("name", folder.resolve().name) if run is None else run.path.parent.name),
-        license=license or meta.get("license", LICENSE),
+        license=license or meta.get("license"),
         commit=summary.get("commit") or meta.get("commit"),
         data=described or meta.get("data"),
         step=int(meta.get("step", 0)),

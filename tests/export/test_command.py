@@ -143,7 +143,8 @@ def test_safetensors_is_a_folder(call: Call, tmp_path: Path) -> None:
     code, out, err = call("format=safetensors", "output=s")
     assert code == 0, err
     assert (tmp_path / "s" / "model.safetensors").is_file() and "checkpoint=s" in out
-    assert json.loads((tmp_path / "s" / "meta.json").read_text("utf-8"))["license"] == "mit"
+    assert json.loads((tmp_path / "s" / "meta.json").read_text("utf-8"))["license"] is None
+    assert "\nlicense:" not in (tmp_path / "s" / "README.md").read_text("utf-8").lower().partition("# ")[0]
 
 
 @pytest.mark.parametrize("group", ["format", "quantize"])

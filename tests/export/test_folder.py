@@ -49,6 +49,14 @@ def test_what_is_known_about_the_weights_goes_with_them(make: MAKE, tmp_path: Pa
     assert f"{again.about.parameters.total:,} parameters" in card and "checkpoint.load" in card
 
 
+def test_a_licence_is_the_user_s_to_give(make: MAKE, tmp_path: Path) -> None:
+    write_folder(tmp_path / "out", make(config(), ByteTokenizer()))
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert card.startswith("---\nlibrary_name: elara\n") and "License: none was given by those who trained it." in card
+    write_folder(tmp_path / "again", open_source(tmp_path / "out", license="apache-2.0"))
+    assert open_source(tmp_path / "again").about.license == "apache-2.0"
+
+
 def test_a_folder_with_something_in_it_is_left_alone(make: MAKE, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
