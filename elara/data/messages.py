@@ -1,4 +1,4 @@
-"""Messages in OpenAI's form as role and content: parts of text, tool calls in the form that models learn."""
+"""Messages in OpenAI's and ShareGPT's form as role and content: parts of text, tool calls as models learn them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from elara.tokenizer.calls import Call, with_calls
 
 LINKS = ("id", "tool_call_id")  # what ties a result to its call; here it follows the call
 WORDS = (str, list, Mapping)  # kinds of values that may hold words
+SHAREGPT = ("conversations", "conversation", "system")  # keys of a row of ShareGPT's that hold its messages
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "function": "tool"}
 
 
 def plain(message: Any) -> tuple[dict[str, Any], list[str]]:
@@ -33,6 +35,35 @@ def plain(message: Any) -> tuple[dict[str, Any], list[str]]:
         raise ElaraError(f"a message has no content but words under {where}: write them there, or leave it out")
     content = "" if given is None and calls else _text(given)
     return {"role": role, "content": with_calls(content, calls) if calls else content}, unread  # Sample checks both
+
+
+def from_sharegpt(row: Mapping[str, Any]) -> list[Any] | None:
+    """The messages of a row in ShareGPT's form, for `plain`: `conversations` of `from` and `value`; None without any.
+
+    A `system` text beside them is the first message. What says `role` and `content` stays as it is. Raises ElaraError
+    for conversations that are no list, or a call of a function that is no JSON.
+    """
+    given = next((row[key] for key in SHAREGPT[:2] if row.get(key) is not None), None)
+    if given is None:
+        return None
+    if not isinstance(given, list):
+        raise ElaraError(f"conversations are {type(given).__name__}, not a list of messages")
+    system = row.get("system")
+    first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    return [*first, *map(_from_sharegpt, given)]
+
+
+def _from_sharegpt(message: Any) -> Any:
+    if not isinstance(message, Mapping) or "from" not in message:
+        return message
+    speaker, value = message["from"], message.get("value")
+    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    if speaker == "function_call":
+        try:
+            return {**others, "role": "assistant", "content": None, "function_call": json.loads(value)}
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ElaraError(f"a message from function_call is no JSON: {str(value)[:80]}") from error
+    return {**others, "role": SPEAKERS.get(speaker, speaker), "content": value}
 
 
 def _text(content: Any) -> Any:

@@ -5,8 +5,9 @@ On disk they are JSON lines or Parquet with the same columns. JSON lines:
     {"id": "...", "messages": [{"role": "user", "content": "..."}, ...], "source": "...", "weight": 1.0,
      "provenance": {...}}
 
-with `text` in place of `messages` for plain documents. In Parquet `provenance` is a JSON string. Messages may be in
-OpenAI's form (`elara.data.messages`): content in parts of text, `tool_calls`.
+with `text` in place of `messages` for plain documents; the rest may be left out. In Parquet `provenance` is a JSON
+string. Messages may be in OpenAI's form (content in parts of text, `tool_calls`) or in ShareGPT's (`conversations`):
+`elara.data.messages`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from elara.data.files import Found, walk
 from elara.data.hashes import digest
-from elara.data.messages import plain
+from elara.data.messages import SHAREGPT, from_sharegpt, plain
 from elara.data.rows import PARQUET, json_values, parquet_rows, pyarrow
 from elara.errors import ElaraError
 from elara.tokenizer import ROLES
@@ -59,10 +60,11 @@ class Sample:
         if not isinstance(self.provenance, Mapping):
             raise ElaraError(f"sample {self.id} has a provenance that is no JSON object")
         for message in self.messages or ():
-            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-                raise ElaraError(
-                    f"sample {self.id} has a message without a role of {', '.join(ROLES)} or without content"
-                )
+            role = message.get("role")
+            if role not in ROLES:
+                raise ElaraError(f"sample {self.id} has a message of role {role!r}: roles are {', '.join(ROLES)}")
+            if not isinstance(message.get("content"), str):
+                raise ElaraError(f"sample {self.id} has a message of role {role} whose content is no text")
 
     def row(self) -> dict[str, Any]:
         """As a JSON object; what is empty is left out."""
@@ -72,25 +74,44 @@ class Sample:
 
     @classmethod
     def of(cls, row: Any, where: str) -> Sample:
-        """From a JSON object; `where` names the place for errors. Keys that the schema lacks are ignored (`unread`)."""
-        if not isinstance(row, Mapping) or not isinstance(row.get("id"), str):
-            raise ElaraError(f"{where} is not a sample: a JSON object with an id and messages or text is needed")
-        messages, text, provenance = row.get("messages"), row.get("text"), row.get("provenance")
-        others = {key: value for key, value in row.items() if key not in COLUMNS}
+        """From a JSON object; `where` names the place for errors. Keys that the schema lacks are ignored (`unread`).
+
+        One without an id has a hash of what it says as its id.
+        """
+        if not isinstance(row, Mapping) or not row.keys() & {"messages", "text", *SHAREGPT}:
+            raise ElaraError(f"{where} is not a sample: a JSON object with messages, conversations or text is needed")
+        text, provenance = row.get("text"), row.get("provenance")
+        others = {key: value for key, value in row.items() if key not in (*COLUMNS, *SHAREGPT)}
         unread = [key for key, value in others.items() if value and isinstance(value, list | Mapping)]
         try:
+            messages = row["messages"] if row.get("messages") is not None else from_sharegpt(row)
             read = None if messages is None else [plain(message) for message in messages]
             return cls(
-                id=row["id"],
+                id=_id(row.get("id"), [messages, text]),
                 messages=None if read is None else tuple(message for message, _ in read),
                 text=text,
                 source=str(row.get("source") or "document"),
-                weight=float(1.0 if row.get("weight") is None else row["weight"]),
+                weight=_weight(row.get("weight")),
                 provenance=json.loads(provenance) if isinstance(provenance, str) else provenance or {},
                 unread=tuple(dict.fromkeys([*unread, *(key for _, keys in read or () for key in keys)])),
             )
         except (TypeError, ValueError, ElaraError) as error:
             raise ElaraError(f"{where}: {error}") from error
+
+
+def _id(given: Any, content: Any) -> str:
+    if given is None:
+        return digest(content)
+    if isinstance(given, bool) or not isinstance(given, (str, int)):
+        raise ElaraError(f"an id is {type(given).__name__}: give a text or a number, or leave it out")
+    return str(given)
+
+
+def _weight(given: Any) -> float:
+    try:
+        return 1.0 if given is None else float(given)
+    except (TypeError, ValueError) as error:
+        raise ElaraError(f"weight {given!r} is no number") from error
 
 
 def prompt_id(messages: Iterable[Message]) -> str:

@@ -245,7 +245,7 @@ def test_samples_without_words_of_an_assistant_are_left_out_and_counted(write, t
         ([Sample("a", ({"role": "user", "content": "hello?"},))], {}, "none of its 1 samples has words of an "),
         ([talk(1)], {}, "no sample fell to the val part; give more or set data.val_fraction"),
         ([talk(1), "{'id': 3}"], {}, "chat.jsonl, line 2 is not JSON"),
-        ([talk(1), '{"id": "x", "messages": [{"role": "cat"}]}'], {}, "line 2: sample x has a message without a role"),
+        ([talk(1), '{"id": "x", "messages": [{"role": "cat"}]}'], {}, "line 2: sample x has a message of role .cat."),
         ([talk(1, weight=1e6)], {}, "sample s1 has weight 1e\\+06: give 1000 at most"),
         ([talk(1)], {"path": None}, "data=chat needs data.path="),
         ([talk(1)], {"path": "/no/such"}, "/no/such does not exist"),

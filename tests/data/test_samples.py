@@ -52,14 +52,20 @@ GOOD = '{"id": "a", "text": "b"}\n'
     [
         (GOOD + "{", "line 2 is not JSON"),
         (GOOD + '"a"', "line 2 is not a sample"),
-        ('{"text": "b"}', "line 1 is not a sample"),
-        ('{"id": "a"}', "line 1: sample a needs either messages or text"),
+        ('{"id": "a"}', "line 1 is not a sample: a JSON object with messages, conversations or text is needed"),
+        ('{"id": "a", "text": null}', "line 1: sample a needs either messages or text"),
+        ('{"id": [1], "text": "b"}', "line 1: an id is list: give a text or a number, or leave it out"),
         ('{"id": "a", "text": "b", "messages": []}', "needs either messages or text"),
-        ('{"id": "a", "messages": [{"role": "bee", "content": "b"}]}', "sample a has a message without a role"),
-        ('{"id": "a", "messages": [{"role": "user"}]}', "without content"),
+        ('{"id": "a", "messages": [{"role": "bee", "content": "b"}]}', "sample a has a message of role 'bee': roles"),
+        ('{"id": "a", "messages": [{"content": "b"}]}', "sample a has a message of role None"),
+        ('{"id": "a", "messages": [{"role": "user"}]}', "sample a has a message of role user whose content is no "),
+        ('{"conversations": "hello"}', "line 1: conversations are str, not a list of messages"),
+        ('{"conversations": [{"from": "bee", "value": "b"}]}', "has a message of role 'bee'"),
+        ('{"conversations": [{"from": "function_call", "value": "now"}]}', "from function_call is no JSON: now"),
         ('{"id": "a", "messages": ["hello"]}', "line 1: "),
         ('{"id": "a", "text": "b", "weight": -1}', "weight -1.0"),
         ('{"id": "a", "text": "b", "weight": NaN}', "weight nan"),
+        ('{"id": "a", "text": "b", "weight": "much"}', "line 1: weight 'much' is no number"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None:
@@ -67,6 +73,42 @@ def test_a_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None
     with pytest.raises(ElaraError, match=r"a\.jsonl") as error:
         list(read_samples(tmp_path / "a.jsonl"))
     assert message in str(error.value)
+
+
+TALK = [("system", "Be kind."), ("user", "hi"), ("assistant", "Hello!")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": role, "content": text} for role, text in TALK]},
+        {"messages": [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in TALK], "id": 7},
+        {"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "hi"},
+                           {"from": "gpt", "value": "Hello!"}]},
+        {"system": "Be kind.", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello!"}]},
+        {"conversation": [{"role": role, "content": text} for role, text in TALK], "id": None},
+    ],
+)  # fmt: skip
+def test_conversations_as_people_have_them(tmp_path: Path, row: dict) -> None:
+    """OpenAI's form, in parts as well, and ShareGPT's, without an id or with a number."""
+    lines = [json.dumps(row), json.dumps({**row, "id": "b"})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    first, second = read_samples(tmp_path / "a.jsonl")
+    assert [(message["role"], message["content"]) for message in first.messages or ()] == TALK
+    assert second == Sample("b", first.messages) and first.unread == ()
+    assert first.id == ("7" if row.get("id") else next(read_samples(tmp_path / "a.jsonl")).id) != "b"
+
+
+def test_what_a_function_is_asked_and_says_in_sharegpts_form(tmp_path: Path) -> None:
+    call = {"name": "now", "arguments": {}}
+    said = [("human", "what time?"), ("function_call", json.dumps(call)), ("observation", "noon"), ("gpt", "Noon.")]
+    row = {"conversations": [{"from": speaker, "value": value} for speaker, value in said]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row), "utf-8")
+    (sample,) = read_samples(tmp_path / "a.jsonl")
+    assert [(message["role"], message["content"]) for message in sample.messages or ()] == [
+        ("user", "what time?"), ("assistant", f"<tool_call>{json.dumps(call)}</tool_call>"), ("tool", "noon"),
+        ("assistant", "Noon."),
+    ]  # fmt: skip
 
 
 def test_bad_places_are_named(tmp_path: Path) -> None:
