@@ -1,4 +1,4 @@
-"""How every entry point meets Hydra: one-line errors, the config's place, the resolvers the config uses.
+"""How every entry point meets Hydra: one-line errors, help, the resolvers the config uses.
 
 A traceback is shown only with HYDRA_FULL_ERROR=1; an unexpected one is also written to error.log in the run folder.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import importlib.util
 import inspect
 import os
 import pickle
@@ -19,7 +18,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,9 +31,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from elara import addresses, launch, runs
+from elara.configuration import compose, conf_folder, config_path, places
 from elara.effect import CHOICES, Idle, find_idle, value_at
 from elara.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_UNREAD, ElaraError, Interrupted
-from elara.help import conf_folder, help_text, places
+from elara.help import help_text
 from elara.output import OutputClosedError, shield
 from elara.overrides import is_override, key_of, quoted, readable
 from elara.ranges import check_ranges
@@ -43,11 +42,6 @@ from elara.ranges import check_ranges
 Task = Callable[[DictConfig], None]
 PLUGINS = ("joblib", "submitit_local", "submitit_slurm")  # launchers that Hydra does not bring along
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-
-
-def config_path() -> str:
-    """Where the configuration lies: the package `elara.conf`, or the checkout's folder when nothing is installed."""
-    return "pkg://elara.conf" if importlib.util.find_spec("elara.conf") else str(runs.CHECKOUT / "conf")
 
 
 def register_resolvers() -> None:
@@ -109,7 +103,7 @@ def hydra_main(
         sys.argv[1:] = addresses.hide(readable(sys.argv[1:]))
         check_options(config_name, sys.argv[1:])
         if {"--help", "-h"} & set(sys.argv):
-            print(help_text(compose(config_name, sys.argv[1:]), config_name))
+            print(help_text(compose(config_name, sys.argv[1:], whole=True), config_name))
             return
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own words
         main()
@@ -117,20 +111,6 @@ def hydra_main(
         if full_error:
             raise
         fail(error)
-
-
-def compose(config_name: str, arguments: list[str]) -> DictConfig:
-    """The configuration that a command line asks for, Hydra's own part included."""
-    place, _, module = config_path().partition("pkg://")
-    overrides = [text for text in arguments if is_override(text)]
-    for option, folder in pairwise(arguments):
-        if option in ("--config-dir", "-cd"):
-            overrides.append(f"hydra.searchpath=[{quoted(f'file://{os.path.abspath(folder)}')}]")
-    begun = hydra.initialize_config_module(module, version_base="1.3") if module else (
-        hydra.initialize_config_dir(place, version_base="1.3")
-    )  # fmt: skip
-    with begun:
-        return hydra.compose(config_name, overrides, return_hydra_config=True)
 
 
 def check_options(config_name: str, arguments: list[str]) -> None:

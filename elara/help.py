@@ -1,18 +1,18 @@
-"""What `--help` prints, and where a key is: the composed configuration with what the files in conf/ say beside it."""
+"""What `--help` prints: the composed configuration, and what the files in conf/ say beside each of its keys."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from elara import runs
+from elara.configuration import conf_folder, leaves
 
 COLUMN = 34  # of the comments
 LINE = re.compile(r"( *)([\w-]+):(?= |$)(.*)")
@@ -20,16 +20,10 @@ COMMENT = re.compile(r"(?:^|\s)# (.*)")
 GROUP = re.compile(r"  - (?!override)([\w/]+): .*?# (.*)")
 
 
-def conf_folder() -> Path:
-    """Where the configuration's files lie: the checkout's conf/, or the installed package's."""
-    folder = runs.CHECKOUT / "conf"
-    return folder if folder.is_dir() else Path(__file__).parent / "conf"
-
-
 def help_text(config: DictConfig, config_name: str) -> str:
     """One sentence, examples, groups with their options, and every key with its value and comment.
 
-    config: as the command line composes it, Hydra's own part included: `model=elara_tiny --help` shows that size.
+    config: as the command line composes it, with Hydra's own part: `model=elara_tiny --help` shows that size.
     """
     choices = config.hydra.runtime.choices
     file = conf_folder() / f"{config_name}.yaml"
@@ -43,8 +37,7 @@ def help_text(config: DictConfig, config_name: str) -> str:
     explained = _Comments(config_name, choices)
     first = list(_comments(file.read_text("utf-8")))  # in the order of that file
     for key, value in sorted(leaves(config), key=lambda leaf: first.index(leaf[0]) if leaf[0] in first else len(first)):
-        if not key.startswith("hydra."):
-            lines += _entry(f"{key}={_text(value)}", explained.of(key))
+        lines += _entry(f"{key}={_text(value)}", explained.of(key))
     lines += ["", "--cfg job prints this configuration as YAML, --hydra-help tells more of the command line."]
     return "\n".join(lines)
 
@@ -57,21 +50,6 @@ def head(text: str) -> list[str]:
             break
         comment.append(line[1:].removeprefix(" ").replace("python -m", f"{runs.python()} -m"))
     return comment
-
-
-def places(config: Any, name: str) -> list[str]:
-    """The full keys of a configuration that end in `name`: `trainer.max_steps` for `max_steps`."""
-    return [key for key, _ in leaves(config) if key.endswith(f".{name}") and not key.startswith("hydra.")]
-
-
-def leaves(config: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key that holds a value, as `trainer.max_steps`, with its value as it was written."""
-    settings = OmegaConf.to_container(config) if isinstance(config, DictConfig) else config
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{above}{key}.")
-        elif key not in ("_target_", "_partial_"):
-            yield f"{above}{key}", value
 
 
 class _Comments:

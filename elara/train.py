@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from elara import launch
-from elara.cli import check_effect, check_numbers, config_options, config_path, guard, hydra_main, register_resolvers
+from elara.cli import check_effect, check_numbers, config_options, guard, hydra_main, register_resolvers
 from elara.errors import ElaraError
 from elara.overrides import is_override, quoted, without
 from elara.runs import Run, python
@@ -66,7 +66,7 @@ def rewrite(arguments: list[str]) -> list[str]:
     register_resolvers()
     if launch.is_rank() and {"-m", "--multirun"} & set(arguments):
         raise ElaraError("a sweep (-m) starts its processes itself: run it without torchrun or srun")
-    return resume.rewrite(multirun.rewrite(arguments), config_path())
+    return resume.rewrite(multirun.rewrite(arguments))
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from elara import help as helping
+from elara.configuration import leaves
+from elara.runs import python
 from tests import forks
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +44,7 @@ def test_it_lists_every_key_and_explains_those_of_the_command(module: str, tmp_p
     assert re.fullmatch(r"[A-Z].*[.,:].*", first) and max(map(len, lines)) <= 120
     listed = [line.split("=")[0].strip() for line in lines if re.match(r"  [a-z][\w.]*=", line)]
     composed = yaml.safe_load(run(module, "--cfg", "job", cwd=tmp_path).stdout)
-    keys = [key for key, _ in helping.leaves(composed)]
+    keys = [key for key, _ in leaves(composed)]
     groups = [line for line in listed if line not in keys]
     assert sorted(listed) == sorted([*keys, *groups]) and len(set(listed)) == len(listed)
     folders = {folder.name for folder in (ROOT / "conf").glob("*/")}
@@ -57,7 +59,7 @@ def test_it_lists_every_key_and_explains_those_of_the_command(module: str, tmp_p
 @pytest.mark.parametrize("module", COMMANDS)
 def test_there_are_three_examples(module: str) -> None:
     assert len(examples(module)) >= 3
-    assert all(line.startswith(f"{helping.runs.python()} -m ") for line in examples(module))
+    assert all(line.startswith(f"{python()} -m ") for line in examples(module))
 
 
 @pytest.mark.thorough(4, "slow")

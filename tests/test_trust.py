@@ -176,7 +176,7 @@ def test_trust_needs_a_folder_to_trust(home) -> None:
     assert done.returncode == 1 and "give resume=<run folder> too" in done.stderr
     done = home.call("resume.trust=perhaps", "resume=auto")
     assert done.returncode == 1 and done.stderr == "error: resume.trust=perhaps must be true or false\n"
-    assert resume.rewrite(["name=nobody", "resume=auto", "resume.trust=true"], "pkg://elara.conf") == ["name=nobody"]
+    assert resume.rewrite(["name=nobody", "resume=auto", "resume.trust=true"]) == ["name=nobody"]
 
 
 def test_a_resumed_sweep_brings_along_nothing_that_runs(

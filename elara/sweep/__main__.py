@@ -16,8 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from elara.cli import hydra_main
+from elara.configuration import conf_folder
 from elara.errors import ElaraError
-from elara.help import conf_folder
 from elara.overrides import is_override, key_of, quoted
 from elara.sweep.compose import compose
 from elara.sweep.config import SearchConfig, check

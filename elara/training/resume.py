@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir, initialize_config_module
 
 from elara import trust
+from elara.configuration import compose
 from elara.errors import ElaraError
 from elara.launch import global_rank
 from elara.overrides import is_override, key_of, quoted, value_of
-from elara.runs import Run, newest_unfinished
+from elara.runs import Run, find_runs, newest_unfinished
 
 PLACE = ("resume", "hydra.run.dir")  # given anew here
 NOT_INHERITED = (*PLACE, "data.changed")  # said of one command, not of the run
@@ -29,7 +29,7 @@ PATHS = re.compile(
 RUNS = re.compile(r"init_from|.*\.checkpoint")  # of these, the keys whose value may be the name of a run instead
 
 
-def rewrite(arguments: list[str], config_path: str) -> list[str]:
+def rewrite(arguments: list[str]) -> list[str]:
     """Arguments that continue a run in its own folder; without `resume=` they are returned as they are.
 
     The run's saved overrides come back, those given now win; relative paths lead from the folder in which they were
@@ -47,15 +47,15 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
     if {"-m", "--multirun"} & set(arguments):
         raise ElaraError("resume continues one run: it does not go with --multirun")
     if wanted == "auto":
-        others = [text for key, text in given.items() if key != "resume"]
-        found = newest_unfinished(_name([*others, *_search_path(arguments)], config_path))
+        others = [text for text in arguments if key_of(text) != "resume"]
+        found = newest_unfinished(str(compose("train", others).name))
         if found is None:
             if global_rank() == 0:
                 print("note: there is no run of this name to go on with: it begins now", file=sys.stderr)
             return [text for text in arguments if key_of(text) != "resume"]
         run = found
     else:
-        run = Run(Path(wanted).expanduser().resolve())
+        run = _run_of(wanted)
     began_in = _began_in(run)
     saved = [_from(began_in, text) for text in _saved_overrides(run)]
     _refuse_finished(run, given)
@@ -70,24 +70,12 @@ def rewrite(arguments: list[str], config_path: str) -> list[str]:
     return [*options, *merged, f"resume={place}", f"hydra.run.dir={place}"]
 
 
-def _name(overrides: list[str], config_path: str) -> str:
-    initialize: Any = (
-        initialize_config_module(config_path.removeprefix("pkg://"), version_base="1.3")
-        if config_path.startswith("pkg://")
-        else initialize_config_dir(config_path, version_base="1.3")
-    )
-    with initialize:
-        return str(compose("train", overrides=overrides).name)
-
-
-def _search_path(arguments: list[str]) -> list[str]:
-    """The folder of --config-dir as an override that a composition understands."""
-    for i, text in enumerate(arguments):
-        option, _, value = text.partition("=")
-        if option in ("--config-dir", "-cd"):
-            folder = Path(value or arguments[i + 1 : i + 2][0]).resolve()
-            return [f"hydra.searchpath=[{quoted(f'file://{folder}')}]"]
-    return []
+def _run_of(wanted: str) -> Run:
+    """The run of a folder, or, where there is no such folder, the newest one of that name."""
+    folder = Path(wanted).expanduser()
+    if not folder.exists() and re.fullmatch(r"[\w.-]+", wanted) and (runs := find_runs(wanted)):
+        return runs[0]
+    return Run(folder.resolve())
 
 
 def _saved_overrides(run: Run) -> list[str]:

@@ -76,6 +76,16 @@ def test_stdout_shows_progress_and_ends_with_what_to_do_next(finished: tuple[Run
     assert out.rstrip().splitlines()[-1].startswith(f"next: {PYTHON} -m elara.sample checkpoint=outputs/train/left/")
 
 
+@pytest.mark.slow
+def test_debug_goes_through_everything(session_home) -> None:
+    done = session_home.call("experiment=debug", "data=text", f"data.path={session_home.text}")
+    assert done.returncode == 0, done.stderr
+    run = Run(session_home.only_run("debug"))
+    assert "done: 6 steps" in done.stdout and [path.name for path in run.checkpoints()] == ["step-3", "step-6"]
+    assert {path.stem for path in run.plots.glob("*.png")} == {"loss", "training", "experts", "acceptance"}
+    assert run.samples.read_text("utf-8").count("step ") >= 2 and run.finished
+
+
 def test_samples_are_written_at_every_validation(finished: tuple[Run, str]) -> None:
     text = finished[0].samples.read_text("utf-8")
     assert re.findall(r"==== step (\d+) ====", text) == ["4", "8", "12", "14"]

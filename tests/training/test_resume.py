@@ -213,6 +213,13 @@ def test_another_tokenizer_is_refused(home, whole: Path) -> None:
     assert "tokenizer" in done.stderr and "fingerprint" in done.stderr
 
 
+def test_a_run_is_found_by_its_name(home, whole: Path) -> None:
+    done = home.call(f"resume={whole.parent.name}")
+    assert done.returncode == 1 and f"{whole} is finished at step 24: give a larger trainer.max_steps" in done.stderr
+    done = home.call("resume=nobody")
+    assert done.returncode == 1 and "nobody is not a run folder" in done.stderr
+
+
 def test_a_finished_run_says_so_and_goes_on_when_asked_for_more(home, whole: Path) -> None:
     run = Run(whole.parent.parent / "longer" / whole.name)
     shutil.copytree(whole, run.path, symlinks=True)
