@@ -41,9 +41,9 @@ def compose(config_name: str, arguments: Sequence[str], *, whole: bool = False) 
 
 def leaves(config: Any, above: str = "") -> Iterator[tuple[str, Any]]:
     """Every key that holds a value, as `trainer.max_steps`, with its value as it was written; none of Hydra's own."""
-    settings = OmegaConf.to_container(config) if isinstance(config, DictConfig) else config
+    settings: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else config
     for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield from () if f"{above}{key}" == "hydra" else leaves(value, f"{above}{key}.")
         elif key not in ("_target_", "_partial_"):
             yield f"{above}{key}", value

@@ -12,14 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from elara import checkpoint, runs
+from elara import runs
 from elara.cli import hydra_main
-from elara.data import DataConfig
-from elara.device import find_device
+from elara.data.config import DataConfig
 from elara.errors import ElaraError
-from elara.evaluation import EvalConfig, compare, held_out_text
+from elara.evaluation.config import EvalConfig
 from elara.evaluation.models import data_of, find_models
-from elara.evaluation.report import table, write
 
 
 @dataclass
@@ -45,6 +43,13 @@ def evaluate(config: DictConfig) -> None:
     folders = find_models(wanted.checkpoint)
     runs.say_reading(*folders.values())
     data = wanted.data if chosen else data_of(next(iter(folders.values()))) or wanted.data
+    # torch takes seconds to import: a typo should not wait for it
+    from elara import checkpoint
+    from elara.device import find_device
+    from elara.evaluation.report import table, write
+    from elara.evaluation.run import compare
+    from elara.evaluation.text import held_out_text
+
     device, measures = find_device(wanted.device), wanted.eval
     text = held_out_text(data, runs.project_root() / "data", max_bytes=measures.max_bytes, passage=measures.passage)
     models = {name: checkpoint.load(folder, device=device) for name, folder in folders.items()}

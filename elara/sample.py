@@ -8,14 +8,9 @@ from typing import cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from elara import checkpoint
-from elara.calibration import controller_for
 from elara.cli import hydra_main
-from elara.data.conversation import Conversation
-from elara.decoding import SamplingConfig, complete
-from elara.device import find_device
+from elara.config import PRECISIONS, SamplingConfig
 from elara.errors import ElaraError, naming
-from elara.model import PRECISIONS
 from elara.runs import find_checkpoint, say_reading
 
 
@@ -37,7 +32,15 @@ def sample(config: DictConfig) -> None:
     wanted = cast(SampleConfig, OmegaConf.to_object(config))
     if wanted.precision not in PRECISIONS:
         raise ElaraError(f"precision={wanted.precision} must be one of: {', '.join(PRECISIONS)}")
-    folder, device = find_checkpoint(wanted.checkpoint), find_device(wanted.device)
+    folder = find_checkpoint(wanted.checkpoint)
+    # torch takes seconds to import: a typo should not wait for it
+    from elara import checkpoint
+    from elara.calibration import controller_for
+    from elara.data.conversation import Conversation
+    from elara.decoding import complete
+    from elara.device import find_device
+
+    device = find_device(wanted.device)
     loaded = checkpoint.load(folder, device=device, precision=wanted.precision)
     say_reading(folder)
     chat = bool(loaded.meta.get("chat")) if wanted.chat is None else wanted.chat

@@ -184,7 +184,7 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:1] = [request["cwd"], *(path for path in paths if path and path not in sys.path)]
+    sys.path[:1] = [request["cwd"], *(path for path in paths if path and path not in sys.path[1:])]
     sys.argv = list(request["argv"])
     runpy.run_module(request["argv"][0], run_name="__main__", alter_sys=True)
 

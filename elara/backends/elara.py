@@ -35,10 +35,10 @@ from elara.backends.local import (
 from elara.backends.places import digest_of
 from elara.backends.stopping import StopText
 from elara.checkpoint import Loaded
+from elara.config import PRECISIONS
 from elara.decoding import Server, encode_prompt, writable
 from elara.device import find_device
 from elara.errors import ElaraError, NotFinite, naming
-from elara.model import PRECISIONS
 from elara.runs import find_checkpoint
 from elara.tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ import torch
 
 from elara import checkpoint, runs
 from elara.errors import naming
-from elara.evaluation import HeldOutText
 from elara.evaluation.loss import cut_windows, measure_loss
+from elara.evaluation.text import HeldOutText
 from elara.tokenizer import TextError
 
 

@@ -56,12 +56,12 @@ def from_sharegpt(row: Mapping[str, Any]) -> list[Any] | None:
 def _from_sharegpt(message: Any) -> Any:
     if not isinstance(message, Mapping) or "from" not in message:
         return message
-    speaker, value = message["from"], message.get("value")
+    speaker, value = str(message["from"]), message.get("value")
     others = {key: value for key, value in message.items() if key not in ("from", "value")}
     if speaker == "function_call":
         try:
-            return {**others, "role": "assistant", "content": None, "function_call": json.loads(value)}
-        except (TypeError, ValueError, RecursionError) as error:
+            return {**others, "role": "assistant", "content": None, "function_call": json.loads(str(value))}
+        except (ValueError, RecursionError) as error:
             raise ElaraError(f"a message from function_call is no JSON: {str(value)[:80]}") from error
     return {**others, "role": SPEAKERS.get(speaker, speaker), "content": value}
 

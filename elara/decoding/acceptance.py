@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from elara.decoding.config import SamplingConfig
+from elara.config import SamplingConfig
 from elara.decoding.generation import generate
 from elara.model import ElaraLM
 

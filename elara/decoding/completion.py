@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from elara.decoding.config import SamplingConfig
+from elara.config import SamplingConfig
 from elara.decoding.controller import Controller
 from elara.decoding.generation import generate
 from elara.decoding.prefix import Prefixes

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elara.decoding.config import SamplingConfig
+from elara.config import SamplingConfig
 from elara.decoding.engine import Engine, Row
 from elara.decoding.inference import inference
 from elara.decoding.tidar import AR, Draft, Plan

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from elara.decoding.config import SamplingConfig
+from elara.config import SamplingConfig
 from elara.decoding.inference import PREFILL, cache_dtype
 from elara.decoding.prefix import Prefixes
 from elara.decoding.sampling import draw, likeliest, marked, probabilities

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elara.decoding.config import MODES, SamplingConfig
+from elara.config import MODES, SamplingConfig
 from elara.decoding.controller import Controller
 from elara.decoding.diffusion import denoise_step
 from elara.decoding.engine import Engine, Row

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elara.decoding.config import SamplingConfig
+from elara.config import SamplingConfig
 
 
 def likeliest(logits: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from elara.decoding.config import SamplingConfig
+from elara.config import SamplingConfig
 from elara.decoding.controller import Controller
 from elara.decoding.engine import Engine, Row
 from elara.decoding.generation import check_request, fixed_plan, move, new_row, resolve_mode

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elara.decoding.config import SamplingConfig
+from elara.config import SamplingConfig
 from elara.decoding.sampling import draw, likeliest, marked, probabilities
 from elara.model import ElaraLM, KVCache, MaskSection
 

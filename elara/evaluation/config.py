@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from elara.config import PRECISIONS
 from elara.errors import ElaraError
-from elara.model import PRECISIONS
 
 
 @dataclass

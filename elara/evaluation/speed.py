@@ -11,8 +11,8 @@ import torch
 
 from elara.calibration import controller_for
 from elara.checkpoint import Loaded
+from elara.config import MODES
 from elara.decoding import Controller, SamplingConfig, generate, writable
-from elara.decoding.config import MODES
 from elara.errors import naming
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from elara.cli import hydra_main
 from elara.errors import ElaraError
 from elara.export.config import ExportConfig
+from elara.runs import find_checkpoint
 
 
 def export(config: DictConfig) -> None:
@@ -19,8 +20,9 @@ def export(config: DictConfig) -> None:
     given = [override for override in HydraConfig.get().overrides.task if override.startswith("quantize")]
     if given and wanted.format.kind == "safetensors":
         raise ElaraError(f"format=safetensors holds float32: leave {given[0]} out, or take format=gguf")
+    find_checkpoint(wanted.checkpoint)  # torch and gguf take seconds to import: a typo should not wait for them
     try:
-        from elara.export.run import run  # torch and gguf take a second to import: a typo should not wait for them
+        from elara.export.run import run
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise

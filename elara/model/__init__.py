@@ -3,13 +3,12 @@
 from elara.model.cache import KVCache
 from elara.model.lm import ElaraLM, Output
 from elara.model.moe import CLEAN, MASK, RoutingStats, Text
-from elara.model.precision import PRECISIONS, convert
+from elara.model.precision import convert
 from elara.model.section import MaskSection, Supervision, block_positions, draw_section, draw_starts
 
 __all__ = [
     "CLEAN",
     "MASK",
-    "PRECISIONS",
     "ElaraLM",
     "KVCache",
     "MaskSection",

@@ -15,13 +15,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from elara.config import PRECISIONS
 from elara.errors import ElaraError
 from elara.model.linear import Linear
 from elara.model.lm import ElaraLM
 from elara.model.mlp import swiglu
 from elara.model.moe import Choice, Experts, Router, Weights
-
-PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 
 GROUP = 32  # inputs that share a scale in int4: the smallest that the kernel takes, the closest fit
 TILE = 16  # outputs must be a multiple of it in int4

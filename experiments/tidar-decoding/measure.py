@@ -24,9 +24,9 @@ import torch
 from elara import checkpoint
 from elara.cli import guard
 from elara.decoding import Controller, SamplingConfig, calibrate, generate, writable
-from elara.evaluation import held_out_text
 from elara.evaluation.drafts import held_out_prompts
 from elara.evaluation.models import data_of
+from elara.evaluation.text import held_out_text
 from elara.runs import find_checkpoint, project_root
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ import torch
 
 from elara.checkpoint import Loaded
 from elara.config import ElaraConfig, ModelConfig, MoEConfig, TiDARConfig, TRMConfig
-from elara.evaluation import HeldOutText
+from elara.evaluation.text import HeldOutText
 from elara.model import ElaraLM
 from elara.tokenizer import Tokenizer
 from elara.tokenizer.byte import ByteTokenizer

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import postprocess_generated_text
 
 from elara.errors import ElaraError
-from elara.evaluation import EvalConfig
+from elara.evaluation.config import EvalConfig
 from elara.evaluation.harness import FOLDER, ElaraEval, find_tasks, run_tasks
 from elara.evaluation.tasks.build import build, held_out_plays
 

@@ -9,10 +9,10 @@ import statistics
 import pytest
 
 from elara.errors import ElaraError
-from elara.evaluation import HeldOutText
 from elara.evaluation.agreement import compare_scores
 from elara.evaluation.loss import cut_windows, difference, measure_loss, ratio
 from elara.evaluation.scoring import Scored
+from elara.evaluation.text import HeldOutText
 
 
 def measured(loaded, text, stride=None):

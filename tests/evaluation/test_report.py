@@ -13,9 +13,11 @@ from rich.console import Console
 
 from elara import checkpoint
 from elara.errors import ElaraError
-from elara.evaluation import EvalConfig, HeldOutText, compare, evaluate
+from elara.evaluation.config import EvalConfig
 from elara.evaluation.models import data_of, find_models
 from elara.evaluation.report import table, write
+from elara.evaluation.run import compare, evaluate
+from elara.evaluation.text import HeldOutText
 from elara.tokenizer.byte import ByteTokenizer
 
 QUICK = EvalConfig(prompts=3, prompt_tokens=4, new_tokens=6, speed_rounds=2, precisions=["bfloat16", "float32"])

@@ -9,7 +9,9 @@ import pytest
 
 from elara.data import DataConfig, prepare
 from elara.errors import ElaraError
-from elara.evaluation import EvalConfig, evaluate, held_out_text
+from elara.evaluation.config import EvalConfig
+from elara.evaluation.run import evaluate
+from elara.evaluation.text import held_out_text
 from elara.tokenizer import TokenizerConfig
 from elara.tokenizer.huggingface import HuggingFaceTokenizer
 

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from elara.data.tool_use import conversation, questions
 from elara.errors import ElaraError
-from elara.evaluation import EvalConfig, evaluate
 from elara.evaluation.calls import judge, measure_calls, wilson
+from elara.evaluation.config import EvalConfig
 from elara.evaluation.report import table, write
+from elara.evaluation.run import evaluate
 from elara.tokenizer.byte import ByteTokenizer
 
 ASKED = {family: questions(2, 0, [family])[0] for family in ("arithmetic", "dates", "units", "lookups", "talk")}

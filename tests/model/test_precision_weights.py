@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from elara.config import PRECISIONS
 from elara.decoding import SamplingConfig, generate
 from elara.errors import ElaraError
-from elara.model import PRECISIONS, ElaraLM, KVCache, convert, draw_section
+from elara.model import ElaraLM, KVCache, convert, draw_section
 from elara.model.moe import MoE
 from elara.model.precision import GROUP, PackedInt4, pack, quantize_int4
 

@@ -541,10 +541,6 @@ def test_the_trainers_state_holds_no_weights_and_only_plain_values(whole: Path) 
     assert state["optimizer_states"] and state["elara_random"]
 
 
-def conf() -> str:
-    return str(Path(__file__).resolve().parents[2] / "conf")
-
-
 def fake_run(folder: Path, overrides: list[str], precision: str = "bf16-mixed", **summary: object) -> Run:
     run = Run(folder)
     (folder / ".hydra").mkdir(parents=True)
@@ -555,12 +551,12 @@ def fake_run(folder: Path, overrides: list[str], precision: str = "bf16-mixed", 
 
 
 def test_arguments_without_resume_are_left_alone() -> None:
-    assert rewrite(["model=elara_tiny", "-m", "resume=null"], conf()) == ["model=elara_tiny", "-m", "resume=null"]
+    assert rewrite(["model=elara_tiny", "-m", "resume=null"]) == ["model=elara_tiny", "-m", "resume=null"]
 
 
 def test_saved_overrides_come_back_and_those_given_now_win(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "r", ["trm.depth=3", "+trainer.fast=1", "resume=auto", "seed=4"])
-    arguments = rewrite(["--cfg", "job", f"resume={run.path}", "seed=5"], conf())
+    arguments = rewrite(["--cfg", "job", f"resume={run.path}", "seed=5"])
     assert arguments[:2] == ["--cfg", "job"]
     assert [key_of(text) for text in arguments[2:]] == [
         "trm.depth", "trainer.fast", "seed", "trainer.precision", "resume", "hydra.run.dir"
@@ -578,7 +574,7 @@ def test_paths_of_teachers_lead_from_where_the_run_began_too(tmp_path: Path, mon
     run = fake_run(tmp_path / "r", keys)
     run.hydra.write_text(f"hydra: {{runtime: {{cwd: '{began}'}}}}\n", "utf-8")
     monkeypatch.chdir(tmp_path)
-    arguments = rewrite([f"resume={run.path}"], conf())
+    arguments = rewrite([f"resume={run.path}"])
     assert arguments[:4] == [
         f"teachers.elara.backend.checkpoint='{began / 'teacher'}'", f"teachers.x.backend.model='{began / 'model'}'",
         "teachers.y.backend.model=gpt2", "init_from=model",
@@ -587,12 +583,12 @@ def test_paths_of_teachers_lead_from_where_the_run_began_too(tmp_path: Path, mon
 
 def test_a_folder_with_odd_signs_in_its_name_is_quoted(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "it's a, (run)", [])
-    again = rewrite(rewrite([f"resume={run.path}"], conf()), conf())
+    again = rewrite(rewrite([f"resume={run.path}"]))
     (place,) = (text for text in again if text.startswith("hydra.run.dir='"))
     assert "it\\'s a, (run)" in place
 
 
 def test_another_trainer_chooses_its_own_precision(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "r", [])
-    keys = [key_of(text) for text in rewrite([f"resume={run.path}", "trainer=ddp_cpu"], conf())]
+    keys = [key_of(text) for text in rewrite([f"resume={run.path}", "trainer=ddp_cpu"])]
     assert "trainer.precision" not in keys
