@@ -182,7 +182,7 @@ def test_calls_stand_behind_the_words_a_line_each(message, content):
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "a part of type image_url"),
         ({"content": [{"type": "refusal", "refusal": "No."}]}, "a part of type refusal"),
         ({"content": None, "refusal": "I cannot."}, "no content but words under refusal"),
-        ({"content": None}, "without content"),
+        ({"content": None}, "role assistant whose content is no text"),
     ],
 )
 def test_what_cannot_be_written_is_refused_with_file_and_line(write, tmp_path, message, why):
