@@ -264,7 +264,7 @@ def small_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(n, marks=pytest.mark.slow if n < 5 else pytest.mark.long) for n in range(200)]
+    "seed", [pytest.param(n, marks=pytest.mark.slow if n < 10 else pytest.mark.long) for n in range(200)]
 )
 def test_a_run_is_what_its_steps_were(warm: ForkServerContext, small_home: Home, seed: int) -> None:
     life, reference = Life(warm, small_home, f"life-{seed}"), Life(warm, small_home, f"reference-{seed}")
