@@ -140,7 +140,7 @@ def test_of_a_sweep_the_launcher_may_be_set_but_not_made() -> None:
             check([text], [], ELSEWHERE, sweep=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stopped(session_home) -> Path:
     """A run that may go on."""
     done = session_home.call(*session_home.tiny("name=stopped", "trainer.max_steps=2"))

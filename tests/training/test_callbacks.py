@@ -81,7 +81,7 @@ def test_debug_goes_through_everything(session_home) -> None:
     done = session_home.call("experiment=debug", "data=text", f"data.path={session_home.text}")
     assert done.returncode == 0, done.stderr
     run = Run(session_home.only_run("debug"))
-    assert "done: 6 steps" in done.stdout and [path.name for path in run.checkpoints()] == ["step-3", "step-6"]
+    assert "done: 6 steps" in done.stdout and [path.name for path in run.checkpoints()] == ["step-6", "step-3"]
     assert {path.stem for path in run.plots.glob("*.png")} == {"loss", "training", "experts", "acceptance"}
     assert run.samples.read_text("utf-8").count("step ") >= 2 and run.finished
 

@@ -117,7 +117,7 @@ def test_shards_sample_quantize_and_begin_new_runs(home) -> None:
         checkpoint.load(run.last)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sharded_run(session_home) -> Path:
     """An uninterrupted sharded run of 24 steps, saved at 8, 16 and 24."""
     together(session_home, "name=sharded-whole", *session_home.tiny(*FSDP, *QUIET))

@@ -39,7 +39,7 @@ def stop_at(micro: int) -> list[str]:
     return ["+callbacks.stop._target_=tests.training.test_ending.StopAt", f"+callbacks.stop.micro={micro}"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unbroken(session_home) -> Path:
     done = session_home.call(*tiny(session_home, "name=unbroken", ACCUMULATE))
     assert done.returncode == 0, done.stderr

@@ -138,7 +138,7 @@ def test_no_run_begins_from_weights_that_are_not_finite(home):
     assert not list((home.path / "outputs" / "train").glob("begins/*"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def teachers(session_home):
     """Checkpoints of one run, sound and spoiled."""
     assert session_home.call(*short(session_home, "name=sound_teacher")).returncode == 0

@@ -38,7 +38,7 @@ CONTEXT = 32
 LONGER = ("trainer.max_steps=150", "trainer.val_check_interval=150", "trainer.log_every_n_steps=50")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def taught(session_home) -> str:
     """A trained model that can teach."""
     done = session_home.call(*session_home.tiny("name=teacher", "tokenizer=byte", "model.dropout=0", *LONGER))
