@@ -115,10 +115,11 @@ def hydra_main(
 
 def check_options(config_name: str, arguments: list[str]) -> None:
     """Raise ElaraError for `--max_steps 3`, which other programs take, and name the key that is meant."""
-    known = get_args_parser()._option_string_actions
     for i, text in enumerate(arguments):
+        if not text.startswith("--"):
+            continue
         option, _, value = text.partition("=")
-        if not text.startswith("--") or any(name.startswith(option) for name in known):
+        if any(name.startswith(option) for name in get_args_parser()._option_string_actions):
             continue
         following = arguments[i + 1 : i + 2]
         value = value or next((word for word in following if not word.startswith("-") and not is_override(word)), "...")

@@ -21,9 +21,10 @@ def config_path() -> str:
 
 
 def conf_folder() -> Path:
-    """Its files: the checkout's conf/, or the installed package's."""
-    folder = runs.CHECKOUT / "conf"
-    return folder if folder.is_dir() else Path(__file__).parent / "conf"
+    """The folder of the same files."""
+    package = importlib.util.find_spec("elara.conf")
+    places = package.submodule_search_locations if package is not None else None
+    return Path(next(iter(places))) if places else runs.CHECKOUT / "conf"
 
 
 def compose(config_name: str, arguments: Sequence[str], *, whole: bool = False) -> DictConfig:

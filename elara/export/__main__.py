@@ -20,14 +20,14 @@ def export(config: DictConfig) -> None:
     given = [override for override in HydraConfig.get().overrides.task if override.startswith("quantize")]
     if given and wanted.format.kind == "safetensors":
         raise ElaraError(f"format=safetensors holds float32: leave {given[0]} out, or take format=gguf")
-    find_checkpoint(wanted.checkpoint)  # torch and gguf take seconds to import: a typo should not wait for them
+    folder = find_checkpoint(wanted.checkpoint)  # importing torch and gguf takes seconds: a typo should not wait
     try:
         from elara.export.run import run
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
         raise ElaraError("elara.export needs an extra: pip install 'elara-hivemind[export]'") from error
-    run(wanted)
+    run(wanted, folder)
 
 
 def main() -> None:

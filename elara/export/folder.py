@@ -29,7 +29,7 @@ checkpoints.
 
 In a checkout of Elara + HiveMind:
 
-    pip install .
+    pip install '.[export]'
     python -m elara.sample checkpoint=FOLDER prompt="..."
     python -m elara.export checkpoint=FOLDER quantize=Q8_0    # a file for llama.cpp
 

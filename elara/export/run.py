@@ -22,7 +22,7 @@ from elara.export.verify import table, verify
 from elara.export.vocabulary import vocabulary
 
 
-def run(wanted: ExportConfig) -> Path:
+def run(wanted: ExportConfig, folder: Path) -> Path:
     """Export a checkpoint and print where it is, how well it agrees and what to do next; returns the file or folder.
 
     Raises ElaraError when something cannot be exported, and when what was written does not agree; it stays then.
@@ -34,13 +34,13 @@ def run(wanted: ExportConfig) -> Path:
     if form == "safetensors":
         if wanted.depth is not None:
             raise ElaraError("format=safetensors keeps the trained recursion depth: leave depth out")
-        source = _open(wanted)
+        source = _open(wanted, folder)
         path = _target(wanted, source, "")
         write_folder(path, source)
         console.print(f"written: {runs.shown(path)}", f"next:    {_command(path)}", sep="\n")
         return path
     library, note = _library(wanted.quantize.library, kind)
-    source = _open(wanted)
+    source = _open(wanted, folder)
     if note is not None:
         console.print(f"note: {note}")
     vocabulary(source.tokenizer, source.config.vocab_size)  # refused before anything is written
@@ -56,8 +56,7 @@ def run(wanted: ExportConfig) -> Path:
     return path
 
 
-def _open(wanted: ExportConfig) -> Source:
-    folder = runs.find_checkpoint(wanted.checkpoint)
+def _open(wanted: ExportConfig, folder: Path) -> Source:
     source = open_source(folder, name=wanted.name, license=wanted.license, depth=wanted.depth, chat=wanted.chat)
     runs.say_reading(folder)
     return source

@@ -38,6 +38,6 @@ def merged(*lists: Iterable[str]) -> list[str]:
     return list(by_key.values())
 
 
-def train_command(overrides: Iterable[str]) -> str:
-    """The shell command that trains with `overrides`, ready to paste."""
-    return shlex.join(["python", "-m", "elara.train", *overrides])
+def train_command(overrides: Iterable[str], python: str = "python") -> str:
+    """The shell command that trains with `overrides`, ready to paste. python: as it is typed in the shell."""
+    return f"{python} {shlex.join(['-m', 'elara.train', *overrides])}"

@@ -36,7 +36,7 @@ def write(
     if top is not None:
         command = best_command(top, fixed)
         write_whole(folder / "best.txt", f"# {wanted.metric} {top.value:.6g}, trial {top.number}\n{command}\n")
-        here = python() + command.removeprefix("python")
+        here = best_command(top, fixed, python())
         told += [f"best: trial {top.number}, {wanted.metric} {top.value:.4f}", "", f"  {here}", ""]
     write_whole(folder / "summary.csv", _csv(records, wanted, space))
     pictures: dict[str, bytes] = {}
@@ -49,9 +49,9 @@ def write(
     return told
 
 
-def best_command(record: Record, fixed: Sequence[str]) -> str:
+def best_command(record: Record, fixed: Sequence[str], python: str = "python") -> str:
     """The shell command that trains a trial's settings, with the callbacks of an ordinary run."""
-    return train_command(merged(fixed, record.overrides))
+    return train_command(merged(fixed, record.overrides), python)
 
 
 def saved_by_pruning(records: Sequence[Record]) -> str | None:
