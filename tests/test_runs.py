@@ -114,19 +114,20 @@ def test_a_checkpoint_without_a_time_of_its_own_has_its_files(home: Path) -> Non
     assert runs.find_runs("bee") == [new, old]
 
 
-def test_commands_name_the_python_that_runs_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_commands_name_the_python_that_runs_them(tmp_path: Path) -> None:
     """By its name where typing it finds it, as in an environment that is activated; else by its path."""
     ours, other = tmp_path / "my env" / "bin", tmp_path / "bin"
     for folder in (ours, other):
         folder.mkdir(parents=True)
         (folder / "python").symlink_to(sys.executable)
-    monkeypatch.setattr(sys, "executable", str(ours / "python"))
-    monkeypatch.chdir(tmp_path)
+    packages = os.pathsep.join([str(Path(runs.__file__).parents[1]), *sys.path])
     for path, expected in (
         (f"{ours}:{other}", "python"), (f"{other}:{ours}", "'my env/bin/python'"), ("", "'my env/bin/python'")
     ):  # fmt: skip
-        monkeypatch.setenv("PATH", path)
-        assert runs.python() == expected
+        command = [str(ours / "python"), "-c", "from elara.runs import python; print(python())"]
+        env = {**os.environ, "PATH": path, "PYTHONPATH": packages}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{expected}\n"
 
 
 @pytest.mark.parametrize("where", [None, "hornet"])
