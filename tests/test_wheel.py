@@ -117,6 +117,18 @@ def test_the_report_works_from_the_wheel(installed: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_folder_that_wandb_left_is_not_the_package(installed: Path, tmp_path: Path) -> None:
+    """Python takes a folder where it runs for a package when the package is not installed."""
+    (tmp_path / "wandb").mkdir()
+    script = (
+        "from elara.errors import ElaraError\nfrom elara.training.loggers import wandb\n"
+        "try:\n    wandb('.', name='x', project='p', mode='offline')\nexcept ElaraError as error:\n    print(error)"
+    )
+    printed = run(installed / "bin/python", "-c", script, cwd=tmp_path)
+    assert printed.startswith("logger=wandb needs the package wandb: pip install") and printed.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_verify_counts_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     printed = run(installed / "bin/elara-verify", "model=elara_2p8b", "json=true", "smoke=false", cwd=tmp_path)
     assert json.loads(printed)["total"] == 2_855_328_000

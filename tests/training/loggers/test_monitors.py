@@ -439,15 +439,6 @@ def logging_in(home: Home, folder: Path, mode: str, address: str) -> subprocess.
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_folder_that_wandb_left_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
-        monkeypatch.delitem(sys.modules, name)
-    (tmp_path / "wandb").mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not (Path(p) / "wandb").is_dir())])
-    with pytest.raises(ElaraError, match=r"needs the package wandb: pip install"):
-        made(tmp_path, mode="offline")
-
-
 @pytest.mark.slow
 def test_a_key_that_the_server_does_not_take_is_one_line(
     home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
